@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one step that multiplies bytes: acc[i] += sum of four products u8 * i8, for every 32-bit lane
+// i.
+//
+// This file alone knows the byte dot instructions. Highway 1.0.3 has no op for them, so x86 takes
+// inline assembly (vpdpbusd) or pmaddubsw, and every other target a portable branch.
+
+#if defined(TERNARYFORGE_SIMD_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TERNARYFORGE_SIMD_DOT_INL_H_
+#undef TERNARYFORGE_SIMD_DOT_INL_H_
+#else
+#define TERNARYFORGE_SIMD_DOT_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include <hwy/highway.h>
+
+#include "simd/targets.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tf::simd::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+#if HWY_TARGET != HWY_SCALAR
+
+// At most 64 bytes: a tile of the run-time layouts is whole vectors.
+using DotBytesTag = hn::CappedTag<uint8_t, 64>;
+using DotSumsTag = hn::Repartition<int32_t, DotBytesTag>;
+using DotCodes = hn::Vec<DotBytesTag>;
+using DotSums = hn::Vec<DotSumsTag>;
+inline constexpr size_t kDotBytes = hn::MaxLanes(DotBytesTag());
+
+// Exact when two neighbouring products sum to a value of int16: codes up to 128 with any int8
+// activation (2 * 128 * 127 = 32512, 2 * 128 * -128 = -32768).
+template <DotKind kDot>
+HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes,
+                           hn::Vec<hn::RebindToSigned<DotBytesTag>> acts) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kDot == DotKind::kNative) {
+    // 16-bit products, 32-bit sums, no saturation. The functions around are compiled without
+    // AVX512-VNNI, hence assembly; UseTarget sends only CPUs that have it here.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums.raw) : "v"(codes.raw), "v"(acts.raw));
+    return sums;
+  }
+  const __m512i pairs = _mm512_maddubs_epi16(codes.raw, acts.raw);
+  return DotSums{_mm512_add_epi32(sums.raw, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif HWY_TARGET == HWY_AVX2
+  if constexpr (kDot == DotKind::kNative) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums.raw) : "x"(codes.raw), "x"(acts.raw));
+    return sums;
+  }
+  const __m256i pairs = _mm256_maddubs_epi16(codes.raw, acts.raw);
+  return DotSums{_mm256_add_epi32(sums.raw, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#elif HWY_TARGET == HWY_SSE4
+  const __m128i pairs = _mm_maddubs_epi16(codes.raw, acts.raw);
+  return DotSums{_mm_add_epi32(sums.raw, _mm_madd_epi16(pairs, _mm_set1_epi16(1)))};
+#else
+  const DotSumsTag d32;
+  const hn::Repartition<int16_t, DotBytesTag> d16;
+  const auto codes16 = hn::BitCast(d16, codes);
+  const auto acts16 = hn::BitCast(d16, acts);
+  const auto even =
+      hn::Mul(hn::And(codes16, hn::Set(d16, 0xFF)), hn::ShiftRight<8>(hn::ShiftLeft<8>(acts16)));
+  const auto odd = hn::Mul(hn::BitCast(d16, hn::ShiftRight<8>(hn::BitCast(
+                                                hn::RebindToUnsigned<decltype(d16)>(), codes16))),
+                           hn::ShiftRight<8>(acts16));
+  const auto pairs = hn::BitCast(d32, hn::Add(even, odd));
+  const auto quads =
+      hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs)), hn::ShiftRight<16>(pairs));
+  return hn::Add(sums, quads);
+#endif
+}
+
+// One step on arrays of kDotBytes bytes.
+template <DotKind kDot>
+HWY_INLINE void DotOnce(const uint8_t* codes, const int8_t* acts, int32_t* sums) {
+  const DotSumsTag d32;
+  const hn::RebindToSigned<DotBytesTag> d8;
+  hn::StoreU(
+      DotStep<kDot>(hn::LoadU(d32, sums), hn::LoadU(DotBytesTag(), codes), hn::LoadU(d8, acts)),
+      d32, sums);
+}
+
+#else  // HWY_SCALAR: one lane, so kernels are plain loops and only the probe of targets.cc comes
+       // here
+
+inline constexpr size_t kDotBytes = 4;
+
+template <DotKind kDot>
+HWY_INLINE void DotOnce(const uint8_t* codes, const int8_t* acts, int32_t* sums) {
+  for (size_t i = 0; i < kDotBytes; ++i) sums[0] += codes[i] * acts[i];
+}
+
+#endif
+
+}  // namespace tf::simd::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // TERNARYFORGE_SIMD_DOT_INL_H_

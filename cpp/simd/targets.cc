@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// Detection and choice of the target; see targets.h.
+#include "simd/targets.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+
+#include "base/check.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "simd/targets.cc"
+#include "simd/highway_targets.h"
+// After highway_targets.h
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "simd/dot-inl.h"
+
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace tf::simd::HWY_NAMESPACE {
+
+// The Highway target of this function, or 0 when the dot instruction gives a wrong sum.
+int64_t ReachedTarget(DotKind dot) {
+  constexpr size_t kBytes = kDotBytes;
+  alignas(64) uint8_t codes[kBytes];
+  alignas(64) int8_t acts[kBytes];
+  alignas(64) int32_t sums[kBytes / 4] = {};
+  for (size_t i = 0; i < kBytes; ++i) {
+    codes[i] = static_cast<uint8_t>(i % 3);
+    acts[i] = static_cast<int8_t>(5 - static_cast<int>(i % 11));
+  }
+  if (dot == DotKind::kNative) {
+    DotOnce<DotKind::kNative>(codes, acts, sums);
+  } else {
+    DotOnce<DotKind::kPortable>(codes, acts, sums);
+  }
+  for (size_t lane = 0; lane < kBytes / 4; ++lane) {
+    int32_t expected = 0;
+    for (size_t i = 4 * lane; i < 4 * lane + 4; ++i) expected += codes[i] * acts[i];
+    if (sums[lane] != expected) return 0;
+  }
+  return HWY_TARGET;
+}
+
+}  // namespace tf::simd::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace tf::simd {
+namespace {
+
+struct Target {
+  std::string_view name;
+  int64_t highway;
+  DotKind dot;
+  bool (*has_dot)();
+};
+
+bool Always() { return true; }
+
+#if HWY_ARCH_X86
+// Highway has already seen to it that the operating system saves the vector registers.
+bool HasAvx512Vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 11)) != 0;
+}
+bool HasAvxVnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
+}
+#endif
+
+// Best first.
+constexpr Target kTargets[] = {
+#if HWY_ARCH_X86
+    {"avx512-vnni", HWY_AVX3, DotKind::kNative, HasAvx512Vnni},
+    {"avx512", HWY_AVX3, DotKind::kPortable, Always},
+    {"avx2-vnni", HWY_AVX2, DotKind::kNative, HasAvxVnni},
+    {"avx2", HWY_AVX2, DotKind::kPortable, Always},
+    {"sse4", HWY_SSE4, DotKind::kPortable, Always},
+#elif HWY_ARCH_ARM
+    {"neon", TF_HWY_NEON, DotKind::kPortable, Always},
+#endif
+    {"scalar", HWY_TARGETS&(HWY_SCALAR | HWY_EMU128), DotKind::kPortable, Always},
+};
+
+HWY_EXPORT(ReachedTarget);
+
+class Choice {
+ public:
+  Choice() {
+    const int64_t available = hwy::SupportedTargets() & HWY_TARGETS;
+    for (const Target& target : kTargets) {
+      if ((available & target.highway) != 0 && target.has_dot()) supported_.push_back(&target);
+    }
+    const char* wanted = std::getenv("TERNARYFORGE_TARGET");
+    Use(wanted == nullptr || *wanted == '\0' ? supported_.front()->name : std::string_view(wanted));
+  }
+
+  void Use(std::string_view name) {
+    std::string known;
+    for (const Target* target : supported_) {
+      if (target->name == name) {
+        hwy::SetSupportedTargetsForTest(target->highway);
+        hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+        active_.store(target);
+        return;
+      }
+      known += StrCat(known.empty() ? "" : ", ", target->name);
+    }
+    throw std::invalid_argument(
+        StrCat("[target] this machine and build support ", known, "; got '", name, "'"));
+  }
+
+  const Target& active() const { return *active_.load(std::memory_order_relaxed); }
+  const std::vector<const Target*>& supported() const { return supported_; }
+
+ private:
+  std::vector<const Target*> supported_;
+  std::atomic<const Target*> active_{nullptr};
+};
+
+Choice& TheChoice() {
+  static Choice choice;
+  return choice;
+}
+
+}  // namespace
+
+std::vector<std::string> SupportedTargets() {
+  std::vector<std::string> names;
+  for (const Target* target : TheChoice().supported()) names.emplace_back(target->name);
+  return names;
+}
+
+std::string ActiveTarget() { return std::string(TheChoice().active().name); }
+
+void UseTarget(std::string_view name) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  TheChoice().Use(name);
+}
+
+DotKind ActiveDot() { return TheChoice().active().dot; }
+
+std::string DispatchedTarget() {
+  const DotKind dot = ActiveDot();
+  const int64_t reached = HWY_DYNAMIC_DISPATCH(ReachedTarget)(dot);
+  for (const Target& target : kTargets) {
+    if (target.highway == reached && target.dot == dot) return std::string(target.name);
+  }
+  return "none";
+}
+
+}  // namespace tf::simd
+#endif  // HWY_ONCE
