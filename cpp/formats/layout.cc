@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of layouts.
+#include "formats/layout.h"
+
+#include <array>
+#include <limits>
+#include <string>
+
+#include "base/aligned.h"
+#include "base/check.h"
+#include "formats/hf_packed.h"
+#include "formats/t16.h"
+
+namespace tf {
+namespace {
+
+struct LayoutEntry {
+  Layout layout;
+  std::string_view name;
+  Alphabet alphabet;
+};
+
+constexpr std::array<LayoutEntry, 6> kLayouts = {{
+    {Layout::kF32, "f32", Alphabet::kFloat},
+    {Layout::kF16, "f16", Alphabet::kFloat},
+    {Layout::kBf16, "bf16", Alphabet::kFloat},
+    {Layout::kInt8, "int8", Alphabet::kInt8},
+    {Layout::kHfPacked, "hf_packed", Alphabet::kTrit},
+    {Layout::kT16, "t16", Alphabet::kTrit},
+}};
+
+const LayoutEntry& Entry(Layout layout) { return kLayouts[static_cast<size_t>(layout)]; }
+
+}  // namespace
+
+Alphabet AlphabetOf(Layout layout) { return Entry(layout).alphabet; }
+
+std::string_view LayoutName(Layout layout) { return Entry(layout).name; }
+
+Layout LayoutFromName(std::string_view name) {
+  std::string known;
+  for (const LayoutEntry& entry : kLayouts) {
+    if (entry.name == name) return entry.layout;
+    known += StrCat(known.empty() ? "" : ", ", entry.name);
+  }
+  throw std::invalid_argument(StrCat("[layout] a layout is one of ", known, ", not '", name, "'"));
+}
+
+size_t LayoutBytes(Layout layout, size_t rows, size_t cols) {
+  constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 64;
+  Check(rows > 0 && cols > 0, "[layout] a matrix has at least one row and one column, got ", rows,
+        " x ", cols);
+  Check(rows <= kLimit && cols <= kLimit / rows, "[layout] the matrix is too large: ", rows, " x ",
+        cols);
+  switch (layout) {
+    case Layout::kF32:
+      return rows * cols * 4;
+    case Layout::kF16:
+    case Layout::kBf16:
+      return rows * cols * 2;
+    case Layout::kInt8:
+      return rows * cols;
+    case Layout::kHfPacked:
+      return HfPackedBytes(rows, cols);
+    case Layout::kT16:
+      return T16Bytes(rows, cols);
+  }
+  throw std::invalid_argument("[layout] unknown layout");
+}
+
+}  // namespace tf

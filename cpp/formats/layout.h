@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the codes of a matrix lie in bytes: names and sizes of every layout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "formats/ternary.h"
+
+namespace tf {
+
+enum class Layout : uint8_t {
+  kF32,       // row-major floats
+  kF16,       // row-major IEEE binary16
+  kBf16,      // row-major bfloat16
+  kInt8,      // row-major signed bytes
+  kHfPacked,  // Hugging Face "bitnet": uint8 [rows / 4, cols], see formats/hf_packed.h
+  kT16,       // run-time tiles of 16 rows x 16 columns, see formats/t16.h
+};
+
+// The alphabet whose codes this layout holds.
+Alphabet AlphabetOf(Layout layout);
+
+// The lower-case public name ("f32", "hf_packed", "t16", ...), and back; `LayoutFromName` throws
+// std::invalid_argument that lists the known names.
+std::string_view LayoutName(Layout layout);
+Layout LayoutFromName(std::string_view name);
+
+// Bytes that a rows x cols matrix takes. Throws std::invalid_argument where the layout cannot hold
+// the shape or the size overflows.
+size_t LayoutBytes(Layout layout, size_t rows, size_t cols);
+
+}  // namespace tf
