@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar ternary arithmetic, written from the formats and the arithmetic contract, not from the
+// kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "formats/packed_tensor.h"
+
+namespace tf::reference {
+
+// sum_k trit[row, k] * codes[k] for every row of row-major trits [rows, codes.size()].
+std::vector<int32_t> TernaryDot(std::span<const int8_t> trits, size_t rows,
+                                std::span<const int8_t> codes);
+
+// The int8 codes and the scale of one token's activations.
+std::vector<int8_t> QuantizeActs(std::span<const float> x, float* scale);
+
+// The scaled product with int8 activations: exact sums per scale group, then doubles.
+std::vector<double> TernaryLinearI8(std::span<const int8_t> trits, size_t rows,
+                                    const Scales& scales, std::span<const float> x);
+
+// The scaled product with float activations, in doubles.
+std::vector<double> TernaryLinearF32(std::span<const int8_t> trits, size_t rows,
+                                     const Scales& scales, std::span<const float> x);
+
+}  // namespace tf::reference

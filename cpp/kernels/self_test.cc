@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// Made cases for every kernel; see self_test.h.
+#include "kernels/self_test.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <span>
+#include <string_view>
+#include <utility>
+
+#include "base/check.h"
+#include "base/float16.h"
+#include "base/parallel.h"
+#include "formats/hf_packed.h"
+#include "formats/t16.h"
+#include "kernels/activation.h"
+#include "kernels/attention.h"
+#include "kernels/dense_linear.h"
+#include "kernels/linear.h"
+#include "kernels/norm.h"
+#include "kernels/reference.h"
+#include "kernels/reference_float.h"
+#include "kernels/repack.h"
+#include "kernels/rope.h"
+#include "kernels/softmax.h"
+#include "kernels/ternary_gemv.h"
+
+namespace tf {
+namespace {
+
+class Tester {
+ public:
+  std::vector<std::string> TakeErrors() { return std::move(errors_); }
+
+  float Normal() { return normal_(random_); }
+  int Int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
+
+  std::vector<float> Floats(size_t size) {
+    std::vector<float> values(size);
+    for (float& value : values) value = Normal();
+    return values;
+  }
+
+  std::vector<int8_t> Trits(size_t size) {
+    std::vector<int8_t> trits(size);
+    for (int8_t& trit : trits) trit = static_cast<int8_t>(Int(-1, 1));
+    return trits;
+  }
+
+  // `magnitude` is what rounding errors grow with.
+  void ExpectNear(std::string_view what, double expected, double actual, double magnitude) {
+    if (std::abs(expected - actual) <= 2e-6 * (magnitude + 1e-6)) return;
+    if (errors_.size() < kMaxErrors)
+      errors_.push_back(StrCat(what, ": expected ", expected, ", got ", actual));
+  }
+
+  void Expect(std::string_view what, bool condition) {
+    if (!condition && errors_.size() < kMaxErrors) errors_.emplace_back(what);
+  }
+
+ private:
+  static constexpr size_t kMaxErrors = 20;
+  std::mt19937 random_{1};
+  std::normal_distribution<float> normal_;
+  std::vector<std::string> errors_;
+};
+
+std::span<const uint8_t> AsBytes(const std::vector<float>& values) {
+  return {reinterpret_cast<const uint8_t*>(values.data()), values.size() * sizeof(float)};
+}
+
+double Magnitude(std::span<const float> values) {
+  double sum = 0;
+  for (const float value : values) sum += std::abs(static_cast<double>(value));
+  return sum;
+}
+
+Scales RandomScales(Tester& test, ScaleKind kind, size_t rows, size_t cols) {
+  const size_t count = kind == ScaleKind::kTensor ? 1
+                       : kind == ScaleKind::kRow  ? rows
+                                                  : rows * DivCeil(cols, 64);
+  std::vector<float> stored(count);
+  for (float& value : stored) value = 0.5f + std::abs(test.Normal());
+  return MakeScales(kind, 64, ScaleConvention::kMultiply, std::move(stored), rows, cols);
+}
+
+// Packs through hf_packed and the repacker, so that the codecs are part of the test.
+PackedTensor Pack(const std::vector<int8_t>& trits, size_t rows, size_t cols, Scales scales) {
+  uint8_t* bytes = nullptr;
+  const PackedTensor packed =
+      PackedTensor::Allocate(Layout::kHfPacked, rows, cols, std::move(scales), &bytes);
+  HfPack(trits, rows, cols, {bytes, packed.bytes().size()});
+  return RepackT16(packed, Team(1));
+}
+
+void TestTernaryDot(Tester& test, size_t rows, size_t cols) {
+  std::vector<int8_t> trits = test.Trits(rows * cols);
+  std::fill_n(trits.begin(), cols, int8_t{1});  // one row at the end of the range
+  const PackedTensor weight =
+      Pack(trits, rows, cols, RandomScales(test, ScaleKind::kTensor, rows, cols));
+  for (const int extreme : {0, 127, -128}) {
+    AlignedArray<int8_t> codes(PaddedCols(cols));
+    for (size_t i = 0; i < cols; ++i)
+      codes[i] = static_cast<int8_t>(extreme != 0 ? extreme : test.Int(-128, 127));
+    std::vector<int32_t> sums(rows);
+    DotT16I8(weight, codes.data(), 0, PanelCount(rows), sums.data());
+    test.Expect(StrCat("ternary dot ", rows, " x ", cols, ", activations of ", extreme),
+                sums == reference::TernaryDot(trits, rows, codes.span().first(cols)));
+  }
+}
+
+void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, size_t tokens) {
+  const std::vector<int8_t> trits = test.Trits(rows * cols);
+  const PackedTensor weight = Pack(trits, rows, cols, RandomScales(test, kind, rows, cols));
+  const std::vector<float> x = test.Floats(tokens * cols);
+  LinearInput input(tokens, cols);
+  for (size_t t = 0; t < tokens; ++t) {
+    std::copy_n(x.data() + t * cols, cols, input.Row(t));
+    input.Quantize(t, cols);
+  }
+  for (const ActivationMode mode : {ActivationMode::kInt8, ActivationMode::kFloat}) {
+    std::vector<float> out(tokens * rows);
+    const LinearJob job[] = {{&weight, out.data(), rows}};
+    Team(2).Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+    for (size_t t = 0; t < tokens; ++t) {
+      const std::span<const float> token = std::span(x).subspan(t * cols, cols);
+      const std::vector<double> expected =
+          mode == ActivationMode::kInt8
+              ? reference::TernaryLinearI8(trits, rows, weight.scales(), token)
+              : reference::TernaryLinearF32(trits, rows, weight.scales(), token);
+      for (size_t row = 0; row < rows; ++row) {
+        test.ExpectNear(
+            mode == ActivationMode::kInt8 ? "ternary linear, int8" : "ternary linear, float",
+            expected[row], static_cast<double>(out[t * rows + row]), 4 * Magnitude(token));
+      }
+    }
+  }
+}
+
+void TestDenseLinear(Tester& test, size_t rows, size_t cols, size_t tokens) {
+  const std::vector<float> values = test.Floats(rows * cols);
+  std::vector<uint16_t> half(values.size());
+  std::transform(values.begin(), values.end(), half.begin(), F16FromFloat);
+  const auto* half_bytes = reinterpret_cast<const uint8_t*>(half.data());
+  const PackedTensor weights[] = {
+      PackedTensor(Layout::kF32, rows, cols, AsBytes(values), nullptr, {}),
+      PackedTensor(Layout::kF16, rows, cols, {half_bytes, 2 * half.size()}, nullptr, {}),
+      PackedTensor(Layout::kBf16, rows, cols, {half_bytes, 2 * half.size()}, nullptr, {}),
+  };
+  const std::vector<float> x = test.Floats(tokens * cols);
+  for (const PackedTensor& weight : weights) {
+    std::vector<float> out(tokens * rows);
+    std::vector<double> expected(tokens * rows);
+    DenseLinear(weight, x.data(), tokens, cols, 0, rows, out.data(), rows);
+    reference::DenseLinear(weight, x.data(), tokens, expected.data());
+    for (size_t i = 0; i < out.size(); ++i) {
+      std::vector<float> row(cols);
+      CopyRow(weight, i % rows, row.data());
+      test.ExpectNear(StrCat("dense linear ", LayoutName(weight.layout())), expected[i],
+                      static_cast<double>(out[i]), Magnitude(row));
+    }
+  }
+}
+
+void TestVectors(Tester& test, size_t size) {
+  const std::vector<float> x = test.Floats(size), y = test.Floats(size);
+  std::vector<float> out(size);
+  std::vector<double> expected(size);
+  const auto compare = [&](std::string_view what) {
+    for (size_t i = 0; i < size; ++i)
+      test.ExpectNear(what, expected[i], static_cast<double>(out[i]), 4.0);
+  };
+  RmsNorm(x.data(), y.data(), size, 1e-5f, out.data());
+  reference::RmsNorm(x.data(), y.data(), size, 1e-5f, expected.data());
+  compare("rms norm");
+  SiluMultiply(x.data(), y.data(), size, out.data());
+  reference::SiluMultiply(x.data(), y.data(), size, expected.data());
+  compare("silu");
+  ReluSquaredMultiply(x.data(), y.data(), size, out.data());
+  reference::ReluSquaredMultiply(x.data(), y.data(), size, expected.data());
+  compare("relu squared");
+  GeluMultiply(x.data(), y.data(), size, out.data());
+  reference::GeluMultiply(x.data(), y.data(), size, expected.data());
+  compare("gelu");
+  out = x;
+  Softmax(out.data(), size);
+  reference::Softmax(x.data(), size, expected.data());
+  compare("softmax");
+  test.ExpectNear("log sum exp", reference::LogSumExp(x.data(), size),
+                  static_cast<double>(LogSumExp(x.data(), size)), 4.0);
+  if (size % 2 == 0) {
+    out = x;
+    RotateHalves(out.data(), y.data(), y.data() + size / 2, size / 2);
+    reference::RotateHalves(x.data(), y.data(), y.data() + size / 2, size / 2, expected.data());
+    compare("rope");
+  }
+}
+
+void TestAttention(Tester& test, size_t head_dim, size_t begin, size_t length, float soft_cap) {
+  const size_t block_floats = kKvBlockTokens * head_dim, blocks = DivCeil(length, kKvBlockTokens);
+  const std::vector<float> query = test.Floats(head_dim);
+  const std::vector<float> keys = test.Floats(blocks * block_floats),
+                           values = test.Floats(blocks * block_floats);
+  std::vector<const float*> key_blocks, value_blocks;
+  for (size_t block = 0; block < blocks; ++block) {
+    key_blocks.push_back(keys.data() + block * block_floats);
+    value_blocks.push_back(values.data() + block * block_floats);
+  }
+  std::vector<float> scores(length), out(head_dim);
+  std::vector<double> expected(head_dim);
+  AttendHead(query.data(), {key_blocks.data(), 0, head_dim}, {value_blocks.data(), 0, head_dim},
+             {begin, length, 0.3f, soft_cap}, scores.data(), out.data());
+  reference::AttendHead(query.data(), keys.data() + begin * head_dim,
+                        values.data() + begin * head_dim, head_dim, length - begin, 0.3f, soft_cap,
+                        expected.data());
+  for (size_t i = 0; i < head_dim; ++i) {
+    test.ExpectNear("attention", expected[i], static_cast<double>(out[i]), 4.0);
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> SelfTest() {
+  Tester test;
+  const std::pair<size_t, size_t> shapes[] = {{4, 1}, {16, 16}, {20, 33}, {36, 257}, {48, 6912}};
+  for (const auto& [rows, cols] : shapes) {
+    TestTernaryDot(test, rows, cols);
+    for (const ScaleKind kind : {ScaleKind::kTensor, ScaleKind::kRow, ScaleKind::kGroup}) {
+      for (const size_t tokens : {1u, 3u, 9u})
+        TestTernaryLinear(test, kind, rows, std::min<size_t>(cols, 300), tokens);
+    }
+    TestDenseLinear(test, rows, std::min<size_t>(cols, 300), 3);
+  }
+  for (const size_t size : {1u, 2u, 15u, 16u, 17u, 31u, 64u, 1001u}) TestVectors(test, size);
+  for (const size_t length : {1u, 31u, 32u, 33u, 100u}) {
+    TestAttention(test, 8, 0, length, 0.0f);
+    TestAttention(test, 80, length / 3, length, 2.0f);
+  }
+  return test.TakeErrors();
+}
+
+}  // namespace tf
