@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The key-value cache: blocks of a few tokens, handed out to sequences and taken back.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/aligned.h"
+#include "model/spec.h"
+
+namespace tf {
+
+// All blocks of one model. A block holds the keys and values of kKvBlockTokens tokens for every
+// layer and KV head: layer after layer, keys before values, head after head, token after token.
+class KvCache {
+ public:
+  explicit KvCache(const ModelSpec& spec);
+
+  // Floats from the start of a block to the keys (or the values) of one head.
+  size_t KeyOffset(size_t layer, size_t kv_head) const;
+  size_t ValueOffset(size_t layer, size_t kv_head) const;
+
+  float* Acquire();
+  void Release(float* block);
+
+ private:
+  struct LayerPlace {
+    size_t offset, kv_heads, head_floats;
+  };
+  std::vector<LayerPlace> layers_;
+  size_t block_floats_ = 0;
+  std::mutex mutex_;
+  std::vector<AlignedArray<float>> blocks_;
+  std::vector<float*> free_;
+};
+
+// What the model remembers of one sequence: its length and its blocks. Not copyable; gives its
+// blocks back at the end.
+class SequenceState {
+ public:
+  explicit SequenceState(std::shared_ptr<KvCache> cache) : cache_(std::move(cache)) {}
+  ~SequenceState() { Truncate(0); }
+  SequenceState(const SequenceState&) = delete;
+  SequenceState& operator=(const SequenceState&) = delete;
+
+  size_t length() const { return length_; }
+  const std::vector<float*>& blocks() const { return blocks_; }
+  const KvCache* cache() const { return cache_.get(); }
+
+  // Makes room for `tokens` more, then counts them as present.
+  void Extend(size_t tokens);
+  // Rolls back to the first `length` tokens; throws std::invalid_argument when there are fewer.
+  void Truncate(size_t length);
+
+ private:
+  std::shared_ptr<KvCache> cache_;
+  std::vector<float*> blocks_;
+  size_t length_ = 0;
+};
+
+}  // namespace tf

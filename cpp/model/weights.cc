@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Slots to run-time weights; see weights.h.
+#include "model/weights.h"
+
+#include <array>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/dense_linear.h"
+#include "kernels/repack.h"
+
+namespace tf {
+namespace {
+
+std::array<const PackedTensor*, 7> Matrices(const LayerWeights& layer) {
+  return {&layer.query.weight, &layer.key.weight, &layer.value.weight, &layer.output.weight,
+          &layer.gate.weight,  &layer.up.weight,  &layer.down.weight};
+}
+
+class Taker {
+ public:
+  Taker(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors, const Team& team)
+      : tensors_(std::move(tensors)), team_(team) {
+    const std::vector<Slot> slots = spec.Slots();
+    for (const Slot& slot : slots) {
+      const auto found = tensors_.find(slot.name);
+      Check(found != tensors_.end(), "[model] the weight '", slot.name, "' is missing");
+      const PackedTensor& tensor = found->second;
+      Check(tensor.rows() == slot.rows && tensor.cols() == slot.cols, "[model] the weight '",
+            slot.name, "' is ", slot.rows, " x ", slot.cols, " by the configuration, got ",
+            tensor.rows(), " x ", tensor.cols());
+    }
+    if (tensors_.size() == slots.size()) return;
+    for (const Slot& slot : slots) tensors_.erase(slot.name);
+    throw std::invalid_argument(
+        StrCat("[model] no part of the model takes the weight '", tensors_.begin()->first, "'"));
+  }
+
+  Linear TakeLinear(const std::string& name, bool bias) {
+    Linear linear;
+    linear.weight = std::move(tensors_.at(name));
+    if (linear.weight.alphabet() == Alphabet::kTrit) {
+      try {
+        linear.weight = RepackT16(linear.weight, team_);
+      } catch (const FormatError& error) {
+        throw FormatError(StrCat("[model] weight '", name, "': ", error.what()));
+      }
+    }
+    if (bias) linear.bias = Vector(name + "_bias");
+    return linear;
+  }
+
+  PackedTensor Table(const std::string& name) {
+    PackedTensor tensor = std::move(tensors_.at(name));
+    Check(tensor.alphabet() != Alphabet::kTrit, "[model] '", name, "' cannot be ternary yet");
+    return tensor;
+  }
+
+  AlignedArray<float> Vector(const std::string& name) {
+    const PackedTensor tensor = std::move(tensors_.at(name));
+    Check(tensor.alphabet() == Alphabet::kFloat, "[model] '", name, "' must be floating point");
+    AlignedArray<float> values(tensor.cols());
+    CopyRow(tensor, 0, values.data());
+    return values;
+  }
+
+  AlignedArray<float> Norm(const std::string& name, float offset) {
+    AlignedArray<float> values = Vector(name);
+    for (float& value : values.span()) value += offset;
+    return values;
+  }
+
+ private:
+  std::map<std::string, PackedTensor> tensors_;
+  const Team& team_;
+};
+
+}  // namespace
+
+size_t ModelWeights::Bytes() const {
+  size_t bytes = embedding.bytes().size();
+  if (head.bytes().data() != embedding.bytes().data()) bytes += head.bytes().size();
+  for (const LayerWeights& layer : layers) {
+    for (const PackedTensor* matrix : Matrices(layer)) bytes += matrix->bytes().size();
+  }
+  return bytes;
+}
+
+size_t ModelWeights::Parameters() const {
+  size_t parameters = 0;
+  for (const LayerWeights& layer : layers) {
+    for (const PackedTensor* matrix : Matrices(layer))
+      parameters += matrix->rows() * matrix->cols();
+  }
+  return parameters;
+}
+
+ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
+                         const Team& team) {
+  Taker taker(spec, std::move(tensors), team);
+  ModelWeights weights;
+  weights.embedding = taker.Table("embedding");
+  weights.head = spec.tied_head ? weights.embedding : taker.Table("head");
+  weights.final_norm = taker.Norm("final_norm", spec.norm_offset);
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    const LayerSpec& layer = spec.layers[i];
+    const std::string prefix = StrCat("layers.", i, ".");
+    const auto linear = [&](const char* name, bool bias) {
+      return taker.TakeLinear(prefix + name, bias);
+    };
+    const auto norm = [&](const char* name, bool present) {
+      return present ? taker.Norm(prefix + name, spec.norm_offset) : AlignedArray<float>();
+    };
+    weights.layers.push_back({
+        .attention_norm = norm("attention_norm", true),
+        .query = linear("query", layer.projection_bias),
+        .key = linear("key", layer.projection_bias),
+        .value = linear("value", layer.projection_bias),
+        .query_norm = norm("query_norm", layer.head_norms),
+        .key_norm = norm("key_norm", layer.head_norms),
+        .attention_sub_norm = norm("attention_sub_norm", layer.sub_norms),
+        .output = linear("output", layer.output_bias),
+        .attention_post_norm = norm("attention_post_norm", layer.post_norms),
+        .ffn_norm = norm("ffn_norm", true),
+        .gate = linear("gate", layer.ffn_bias),
+        .up = linear("up", layer.ffn_bias),
+        .ffn_sub_norm = norm("ffn_sub_norm", layer.sub_norms),
+        .down = linear("down", layer.ffn_bias),
+        .ffn_post_norm = norm("ffn_post_norm", layer.post_norms),
+    });
+  }
+  return weights;
+}
+
+}  // namespace tf
