@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of the linear kernels, for tests, benchmarks and ternaryforge.matmul.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "base/parallel.h"
+#include "bindings/activation_mode.h"
+#include "bindings/array.h"
+#include "bindings/registers.h"
+#include "formats/t16.h"
+#include "kernels/linear.h"
+#include "kernels/quantize_acts.h"
+#include "kernels/repack.h"
+#include "kernels/self_test.h"
+#include "kernels/ternary_gemv.h"
+
+namespace tf {
+namespace {
+
+namespace py = pybind11;
+
+py::tuple QuantizeActsArray(const py::array& x) {
+  const std::span<const float> values = TakeArray<float>(x, 2, "quantize_acts", "x");
+  const size_t tokens = ShapeOf(x)[0], cols = ShapeOf(x)[1];
+  auto codes = py::array_t<int8_t>({tokens, cols});
+  py::array_t<float> scales(std::vector<size_t>{tokens});
+  const std::span<int8_t> codes_out = SpanOf(codes);
+  const std::span<float> scales_out = SpanOf(scales);
+  {
+    const py::gil_scoped_release release;
+    AlignedArray<int8_t> padded(PaddedCols(cols));
+    AlignedArray<int32_t> sums(ChunkCount(cols));
+    for (size_t t = 0; t < tokens; ++t) {
+      QuantizeActs(values.data() + t * cols, cols, padded.data(), &scales_out[t], sums.data());
+      std::memcpy(codes_out.data() + t * cols, padded.data(), cols);
+    }
+  }
+  return py::make_tuple(codes, scales);
+}
+
+PackedTensor Repack(const PackedTensor& tensor, const std::string& layout, size_t threads) {
+  Check(LayoutFromName(layout) == Layout::kT16, "[repack] the run-time layout is t16, got ",
+        layout);
+  const Team team(threads);
+  const py::gil_scoped_release release;
+  return RepackT16(tensor, team);
+}
+
+py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
+                          const std::string& activations, size_t threads) {
+  const std::span<const float> values = TakeArray<float>(x, 2, "linear", "x");
+  const size_t tokens = ShapeOf(x)[0], cols = ShapeOf(x)[1];
+  Check(cols == tensor.cols(), "[linear] x has ", tensor.cols(), " columns like the weight, got ",
+        cols);
+  const ActivationMode mode = ActivationModeFromName(activations);
+  const Team team(threads);
+  auto out = py::array_t<float>({tokens, tensor.rows()});
+  const std::span<float> result = SpanOf(out);
+  const py::gil_scoped_release release;
+  const PackedTensor weight =
+      tensor.alphabet() == Alphabet::kTrit ? RepackT16(tensor, team) : tensor;
+  LinearInput input(tokens, cols);
+  for (size_t t = 0; t < tokens; ++t) {
+    std::copy_n(values.data() + t * cols, cols, input.Row(t));
+    input.Quantize(t, cols);
+  }
+  const LinearJob job[] = {{&weight, result.data(), weight.rows()}};
+  team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+  return out;
+}
+
+py::array_t<int32_t> TernaryDot(const py::array& codes, const PackedTensor& tensor) {
+  const std::span<const int8_t> values = TakeArray<int8_t>(codes, 2, "ternary_dot", "codes");
+  const size_t tokens = ShapeOf(codes)[0], cols = ShapeOf(codes)[1];
+  Check(cols == tensor.cols(), "[ternary_dot] codes has ", tensor.cols(),
+        " columns like the weight, got ", cols);
+  auto out = py::array_t<int32_t>({tokens, tensor.rows()});
+  const std::span<int32_t> result = SpanOf(out);
+  const py::gil_scoped_release release;
+  const PackedTensor weight = RepackT16(tensor, Team(1));
+  AlignedArray<int8_t> padded(PaddedCols(cols));
+  for (size_t t = 0; t < tokens; ++t) {
+    std::copy_n(values.data() + t * cols, cols, padded.data());
+    DotT16I8(weight, padded.data(), 0, PanelCount(weight.rows()),
+             result.data() + t * weight.rows());
+  }
+  return out;
+}
+
+}  // namespace
+
+void register_kernels(py::module_& kernels) {
+  kernels.def(
+      "quantize_acts", &QuantizeActsArray, py::arg("x"),
+      "Per-token int8 codes and scales of activations [tokens, cols]; x is about codes / scale.");
+  kernels.def("repack", &Repack, py::arg("tensor"), py::arg("layout"), py::kw_only(),
+              py::arg("threads") = 1, "The same ternary matrix in a run-time layout.");
+  kernels.def("linear", &Linear, py::arg("x"), py::arg("tensor"), py::kw_only(),
+              py::arg("activations"), py::arg("threads") = 1,
+              "x [tokens, cols] times the transposed weight: [tokens, rows].");
+  kernels.def("ternary_dot", &TernaryDot, py::arg("codes"), py::arg("tensor"),
+              "Exact integer sums of trit * code: [tokens, rows].");
+  kernels.def("self_test", &SelfTest, py::call_guard<py::gil_scoped_release>(),
+              "Checks every kernel of the active target against scalar code; returns what failed.");
+}
+
+}  // namespace tf

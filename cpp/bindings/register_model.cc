@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of the layer model.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/activation_mode.h"
+#include "bindings/array.h"
+#include "bindings/registers.h"
+#include "model/spec.h"
+#include "model/transformer.h"
+
+namespace tf {
+namespace {
+
+namespace py = pybind11;
+
+Activation ActivationFromName(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "relu2") return Activation::kReluSquared;
+  Check(name == "gelu", "[spec] activation is silu, relu2 or gelu, got '", name, "'");
+  return Activation::kGelu;
+}
+
+LogitsWanted LogitsWantedFromName(const std::string& name) {
+  if (name == "none") return LogitsWanted::kNone;
+  if (name == "last") return LogitsWanted::kLast;
+  Check(name == "all", "[forward] logits is none, last or all, got '", name, "'");
+  return LogitsWanted::kAll;
+}
+
+py::array_t<float> Forward(Transformer& transformer,
+                           const std::vector<std::pair<py::array, SequenceState*>>& batch,
+                           const std::string& logits) {
+  const LogitsWanted wanted = LogitsWantedFromName(logits);
+  std::vector<BatchItem> items;
+  for (const auto& [tokens, state] : batch) {
+    items.push_back({TakeArray<int32_t>(tokens, 1, "forward", "tokens"), state});
+  }
+  auto out =
+      py::array_t<float>({Transformer::LogitRows(items, wanted), transformer.spec().vocab_size});
+  const std::span<float> result = SpanOf(out);
+  const py::gil_scoped_release release;
+  transformer.Forward(items, wanted, result);
+  return out;
+}
+
+}  // namespace
+
+void register_model(py::module_& model) {
+  py::class_<LayerSpec>(model, "LayerSpec", "One decoder layer as data.")
+      .def(py::init([](size_t heads, size_t kv_heads, size_t head_dim, std::vector<float> rotation,
+                       float rotation_scale, std::optional<float> attention_scale,
+                       float attention_soft_cap, size_t window, size_t ffn_size,
+                       const std::string& activation, bool projection_bias, bool output_bias,
+                       bool ffn_bias, bool head_norms, bool sub_norms, bool post_norms) {
+             return LayerSpec{
+                 .heads = heads,
+                 .kv_heads = kv_heads,
+                 .head_dim = head_dim,
+                 .rotation = std::move(rotation),
+                 .rotation_scale = rotation_scale,
+                 .attention_scale =
+                     attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim))),
+                 .attention_soft_cap = attention_soft_cap,
+                 .window = window,
+                 .ffn_size = ffn_size,
+                 .activation = ActivationFromName(activation),
+                 .projection_bias = projection_bias,
+                 .output_bias = output_bias,
+                 .ffn_bias = ffn_bias,
+                 .head_norms = head_norms,
+                 .sub_norms = sub_norms,
+                 .post_norms = post_norms,
+             };
+           }),
+           py::kw_only(), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+           py::arg("rotation"), py::arg("rotation_scale") = 1.0f,
+           py::arg("attention_scale") = py::none(), py::arg("attention_soft_cap") = 0.0f,
+           py::arg("window") = 0, py::arg("ffn_size"), py::arg("activation"),
+           py::arg("projection_bias") = false, py::arg("output_bias") = false,
+           py::arg("ffn_bias") = false, py::arg("head_norms") = false, py::arg("sub_norms") = false,
+           py::arg("post_norms") = false);
+  py::class_<ModelSpec>(model, "ModelSpec", "A decoder as data.")
+      .def(py::init([](size_t vocab_size, size_t hidden_size, size_t context_length,
+                       float norm_epsilon, const std::vector<LayerSpec>& layers, bool tied_head,
+                       float embedding_scale, float norm_offset, float logit_soft_cap) {
+             ModelSpec spec{vocab_size, hidden_size,     context_length, norm_epsilon,  layers,
+                            tied_head,  embedding_scale, norm_offset,    logit_soft_cap};
+             spec.Validate();
+             return spec;
+           }),
+           py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"), py::arg("context_length"),
+           py::arg("norm_epsilon"), py::arg("layers"), py::arg("tied_head"),
+           py::arg("embedding_scale") = 1.0f, py::arg("norm_offset") = 0.0f,
+           py::arg("logit_soft_cap") = 0.0f)
+      .def_readonly("vocab_size", &ModelSpec::vocab_size)
+      .def_readonly("hidden_size", &ModelSpec::hidden_size)
+      .def_readonly("context_length", &ModelSpec::context_length)
+      .def(
+          "slots",
+          [](const ModelSpec& spec) {
+            py::dict slots;
+            for (const Slot& slot : spec.Slots())
+              slots[py::str(slot.name)] = py::make_tuple(slot.rows, slot.cols);
+            return slots;
+          },
+          "Every weight by name, with its shape.");
+  py::class_<SequenceState>(model, "SequenceState", "What the model remembers of one sequence.")
+      .def_property_readonly("length", &SequenceState::length)
+      .def("truncate", &SequenceState::Truncate, py::arg("length"),
+           "Rolls back to the first `length` tokens.");
+  py::class_<Transformer>(model, "Transformer",
+                          "The decoder, with weights repacked for this machine.")
+      .def(py::init([](const ModelSpec& spec, std::map<std::string, PackedTensor> weights,
+                       const std::string& activations, size_t threads) {
+             const ActivationMode mode = ActivationModeFromName(activations);
+             const py::gil_scoped_release release;
+             return std::make_unique<Transformer>(spec, std::move(weights), mode, threads);
+           }),
+           py::arg("spec"), py::arg("weights"), py::kw_only(), py::arg("activations"),
+           py::arg("threads"))
+      .def_property_readonly("spec", &Transformer::spec)
+      .def_property_readonly("threads", [](const Transformer& t) { return t.team().threads(); })
+      .def_property_readonly("activations",
+                             [](const Transformer& t) { return ActivationModeName(t.mode()); })
+      .def_property_readonly("weight_bytes", &Transformer::weight_bytes)
+      .def("new_sequence", &Transformer::NewSequence)
+      .def("forward", &Forward, py::arg("batch"), py::kw_only(), py::arg("logits") = "last",
+           "Appends tokens to sequences; logits [sequences or tokens, vocab].");
+}
+
+}  // namespace tf

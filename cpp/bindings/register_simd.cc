@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of the layers base and simd.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/parallel.h"
+#include "bindings/registers.h"
+#include "simd/targets.h"
+
+namespace tf {
+
+void register_base(pybind11::module_& parallel) {
+  parallel.def("default_threads", &DefaultThreads,
+               "TERNARYFORGE_NUM_THREADS, else the physical cores that this process may use.");
+  parallel.def(
+      "backend", [] { return std::string(ParallelBackend()); }, "\"openmp\" or \"std::thread\".");
+}
+
+void register_simd(pybind11::module_& module) {
+  module.def("supported_targets", &simd::SupportedTargets,
+             "Targets of this CPU and build, best first.");
+  module.def("active_target", &simd::ActiveTarget, "The target in use.");
+  module.def(
+      "use_target", [](const std::string& name) { simd::UseTarget(name); }, pybind11::arg("name"),
+      "Uses another target, in the whole process.");
+  module.def("dispatched_target", &simd::DispatchedTarget,
+             "The target that dispatch really reaches.");
+}
+
+}  // namespace tf

@@ -1,0 +1,225 @@
+"""Types of the compiled core. One submodule per C++ layer."""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+class FormatError(ValueError): ...
+
+Float32: TypeAlias = NDArray[np.float32]
+Int8: TypeAlias = NDArray[np.int8]
+Int32: TypeAlias = NDArray[np.int32]
+UInt8: TypeAlias = NDArray[np.uint8]
+ScaleKind: TypeAlias = Literal["none", "tensor", "row", "group"]
+Convention: TypeAlias = Literal["multiply", "divide"]
+Activations: TypeAlias = Literal["int8", "float"]
+
+class simd:
+    @staticmethod
+    def supported_targets() -> list[str]: ...
+    @staticmethod
+    def active_target() -> str: ...
+    @staticmethod
+    def use_target(name: str) -> None: ...
+    @staticmethod
+    def dispatched_target() -> str: ...
+
+class parallel:
+    @staticmethod
+    def default_threads() -> int: ...
+    @staticmethod
+    def backend() -> str: ...  # "openmp" or "std::thread"
+
+class formats:
+    class PackedTensor:
+        """One weight matrix [rows, cols]; keeps the buffer that it was made from alive."""
+
+        def __init__(
+            self,
+            layout: str,  # "f32" "f16" "bf16" "int8" "hf_packed" "t16"
+            rows: int,
+            cols: int,
+            data: object,  # any contiguous read-only buffer of the layout's size (memoryview, mmap slice, ndarray)
+            *,
+            scale_kind: ScaleKind = "none",
+            group_size: int = 0,
+            convention: Convention = "multiply",
+            scales: Float32 | None = None,  # [1], [rows] or [rows, groups] as stored, flattened by the core
+        ) -> None: ...
+        layout: str
+        rows: int
+        cols: int
+        scale_kind: ScaleKind
+        group_size: int
+        data: UInt8  # read-only view
+        effective_scales: Float32  # weight = code * scale
+
+    @staticmethod
+    def pack(trits: Int8, layout: str) -> UInt8: ...  # [rows, cols] -> bytes
+    @staticmethod
+    def unpack(data: UInt8, layout: str, rows: int, cols: int) -> Int8: ...
+    @staticmethod
+    def layout_bytes(layout: str, rows: int, cols: int) -> int: ...
+    @staticmethod
+    def hf_packed_is_valid(data: UInt8) -> bool: ...
+
+class kernels:
+    @staticmethod
+    def quantize_acts(x: Float32) -> tuple[Int8, Float32]: ...  # [m, k] -> codes [m, k], scales s [m]: x ~ codes / s
+    @staticmethod
+    def repack(tensor: formats.PackedTensor, layout: str, *, threads: int = 1) -> formats.PackedTensor: ...
+    @staticmethod
+    def linear(
+        x: Float32, tensor: formats.PackedTensor, *, activations: Activations, threads: int = 1
+    ) -> Float32: ...  # [m, cols] -> [m, rows]
+    @staticmethod
+    def ternary_dot(codes: Int8, tensor: formats.PackedTensor) -> Int32: ...  # exact sums trit * code, [m, rows]
+    @staticmethod
+    def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float32: ...
+    @staticmethod
+    def rotate_halves(heads: Float32, cos: Float32, sin: Float32) -> Float32: ...
+    @staticmethod
+    def softmax(x: Float32) -> Float32: ...
+    @staticmethod
+    def log_sum_exp(x: Float32) -> float: ...
+    @staticmethod
+    def silu_multiply(gate: Float32, up: Float32) -> Float32: ...
+    @staticmethod
+    def relu_squared_multiply(gate: Float32, up: Float32) -> Float32: ...
+    @staticmethod
+    def gelu_multiply(gate: Float32, up: Float32) -> Float32: ...
+    @staticmethod
+    def attend_head(
+        query: Float32, keys: Float32, values: Float32, scale: float, *, begin: int = 0, soft_cap: float = 0.0
+    ) -> Float32: ...
+    @staticmethod
+    def self_test() -> list[str]: ...  # failures; empty when all kernels of the active target are right
+
+class quant:
+    @staticmethod
+    def quantize_weights(
+        weights: Float32,  # [rows, cols]
+        *,
+        scheme: Literal["ls", "absmean", "absmax", "twn"],
+        scale: Literal["tensor", "row", "group"],
+        group_size: int = 128,
+        threads: int = 1,
+    ) -> tuple[Int8, Float32]: ...  # trits [rows, cols]; scales [1], [rows] or [rows, groups], fp16-exact
+    @staticmethod
+    def find_ternary(
+        weights: Float32, *, group_size: int = 128, threads: int = 1
+    ) -> tuple[Literal["tensor", "row", "group"], Int8, Float32] | None: ...
+
+class model:
+    class LayerSpec:
+        def __init__(
+            self,
+            *,
+            heads: int,
+            kv_heads: int,
+            head_dim: int,
+            rotation: Sequence[float],  # angle of pair i at position p: p * rotation[i]; at most head_dim / 2 pairs
+            rotation_scale: float = 1.0,
+            attention_scale: float | None = None,  # None: 1 / sqrt(head_dim)
+            attention_soft_cap: float = 0.0,
+            window: int = 0,
+            ffn_size: int,
+            activation: Literal["silu", "relu2", "gelu"],
+            projection_bias: bool = False,
+            output_bias: bool = False,
+            ffn_bias: bool = False,
+            head_norms: bool = False,
+            sub_norms: bool = False,
+            post_norms: bool = False,
+        ) -> None: ...
+
+    class ModelSpec:
+        def __init__(
+            self,
+            *,
+            vocab_size: int,
+            hidden_size: int,
+            context_length: int,
+            norm_epsilon: float,
+            layers: Sequence[model.LayerSpec],
+            tied_head: bool,
+            embedding_scale: float = 1.0,
+            norm_offset: float = 0.0,
+            logit_soft_cap: float = 0.0,
+        ) -> None: ...
+        vocab_size: int
+        hidden_size: int
+        context_length: int
+        def slots(self) -> dict[str, tuple[int, int]]: ...
+        # every weight by name with its shape (rows, cols), vectors as (1, size): embedding, final_norm, head (absent
+        # when tied), and layers.{i}. + attention_norm query key value output ffn_norm gate up down, and where the layer
+        # has them *_bias of each linear, query_norm key_norm attention_sub_norm ffn_sub_norm attention_post_norm
+        # ffn_post_norm
+
+    class SequenceState:
+        length: int
+        def truncate(self, length: int) -> None: ...
+
+    class Transformer:
+        """Repacks the weights. Raises ValueError that names the slot for a missing, extra or misshapen one."""
+
+        def __init__(
+            self,
+            spec: model.ModelSpec,
+            weights: dict[str, formats.PackedTensor],
+            *,
+            activations: Activations,
+            threads: int,
+        ) -> None: ...
+        spec: model.ModelSpec
+        threads: int
+        activations: Activations
+        weight_bytes: int
+        def new_sequence(self) -> model.SequenceState: ...
+        def forward(
+            self,
+            batch: Sequence[tuple[Int32, model.SequenceState]],
+            *,
+            logits: Literal["none", "last", "all"] = "last",
+        ) -> Float32: ...  # [sequences or tokens, vocab]
+
+class runtime:
+    class SamplingOptions:
+        def __init__(
+            self,
+            *,
+            temperature: float = 0.0,
+            top_k: int = 0,
+            top_p: float = 1.0,
+            min_p: float = 0.0,
+            repetition_penalty: float = 1.0,
+            seed: int = 0,
+        ) -> None: ...
+
+    class GeneratedToken:
+        sequence: int
+        token_id: int
+        logprob: float
+        finish_reason: str | None  # None, "stop" (an end token: not to be shown), "length"
+
+    class Generator:
+        """Several sequences in one batch. A step runs one chunk of prompts or one token of every live sequence."""
+
+        def __init__(
+            self,
+            transformer: model.Transformer,
+            prompts: Sequence[Int32],
+            options: Sequence[runtime.SamplingOptions],
+            *,
+            max_new_tokens: int,
+            stop_ids: Sequence[int],
+        ) -> None: ...
+        done: bool
+        def step(self) -> list[runtime.GeneratedToken]: ...
+        def stop(self, sequence: int) -> None: ...
+
+    @staticmethod
+    def score(transformer: model.Transformer, token_ids: Int32) -> Float32: ...
+    # [n - 1]: natural log-probability of every token but the first, given those before it; one window, chunked inside
