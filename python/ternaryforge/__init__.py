@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert, train and run language models with ternary weights on CPUs.
+
+    import ternaryforge as tf
+
+    model = tf.TernaryModel.demo()
+    print(model.generate("Once upon a time", max_new_tokens=64))
+
+Names are loaded when they are first used, so that the import is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ternaryforge import simd
+    from ternaryforge._core import FormatError
+    from ternaryforge.chat_template import ChatTemplate, ChatTemplateError
+    from ternaryforge.conversion import ConversionReport, convert
+    from ternaryforge.evaluation import EvaluationResult
+    from ternaryforge.formats import matmul, pack, quantize_weights, unpack
+    from ternaryforge.generation import GenerationResult, Piece
+    from ternaryforge.model import TernaryModel
+
+    __version__: str
+
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplateError",
+    "ConversionReport",
+    "EvaluationResult",
+    "FormatError",
+    "GenerationResult",
+    "Piece",
+    "TernaryModel",
+    "__version__",
+    "convert",
+    "matmul",
+    "pack",
+    "quantize_weights",
+    "simd",
+    "unpack",
+]
+
+MISSING_CORE = (
+    "ternaryforge: the compiled core is missing; install the package with `pip install .` in its folder "
+    "(a C++ compiler and CMake are needed)"
+)
+
+_MODULE_OF = {
+    "ChatTemplate": "chat_template",
+    "ChatTemplateError": "chat_template",
+    "ConversionReport": "conversion",
+    "EvaluationResult": "evaluation",
+    "FormatError": "_core",
+    "GenerationResult": "generation",
+    "Piece": "generation",
+    "TernaryModel": "model",
+    "convert": "conversion",
+    "matmul": "formats",
+    "pack": "formats",
+    "quantize_weights": "formats",
+    "simd": "simd",
+    "unpack": "formats",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ternaryforge")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ternaryforge' has no attribute {name!r}")
+    try:
+        module = importlib.import_module("ternaryforge." + _MODULE_OF[name])
+    except ModuleNotFoundError as error:
+        if error.name != "ternaryforge._core":
+            raise
+        raise ImportError(MISSING_CORE, name=error.name) from error
+    value: object = module if name == "simd" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

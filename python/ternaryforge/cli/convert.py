@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ternaryforge convert SRC OUT`: a Hugging Face folder becomes a ternary checkpoint."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternaryforge.cli.output import (
+    JsonOption,
+    SeedOption,
+    ThreadsOption,
+    print_json,
+    print_table,
+    progress_bar,
+)
+
+
+class Scheme(StrEnum):
+    """Values of `--scheme`."""
+
+    LS = "ls"
+    ABSMEAN = "absmean"
+    ABSMAX = "absmax"
+    TWN = "twn"
+
+
+class Scale(StrEnum):
+    """Values of `--scale`."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    GROUP = "group"
+
+
+def command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    *,
+    scheme: Annotated[Scheme, typer.Option(help="How codes and scales are chosen.")] = Scheme.LS,
+    scale: Annotated[
+        Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")
+    ] = Scale.TENSOR,
+    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Make a ternary checkpoint from a Hugging Face folder."""
+    from ternaryforge.conversion import convert
+
+    del seed  # nothing here is random
+    with progress_bar("Converting", in_bytes=True) as progress:
+        report = convert(
+            source,
+            out,
+            scheme=scheme.value,
+            scale=scale.value,
+            group_size=group_size,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    print_table(
+        {
+            "written": report.out,
+            "ternary layers": f"{report.tensors} ({len(report.already_ternary)} were ternary already)",
+            "ternary weights": f"{report.ternary_params:,}",
+            "bits per ternary weight": f"{report.bits_per_weight:.4f}",
+            "file": f"{report.file_bytes:,} bytes",
+            "seconds": f"{report.seconds:.1f}",
+        }
+        | ({"warning": " ".join(report.warnings)} if report.warnings else {})
+    )

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ternaryforge inspect FILE`: what is in a checkpoint and who made it."""
+
+from typing import Annotated
+
+import typer
+
+from ternaryforge.cli.output import (
+    JsonOption,
+    SeedOption,
+    ThreadsOption,
+    print_json,
+    print_table,
+)
+
+
+def command(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A folder, a .safetensors file, or 'demo'.")],
+    *,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Say what is in a checkpoint."""
+    from ternaryforge.inspection import inspect
+
+    del threads, seed  # only headers are read
+    found = inspect(file)
+    if json:
+        print_json(found.to_dict())
+        return
+    rows: dict[str, object] = {
+        "path": found.path,
+        "format": found.format,
+        "architecture": found.arch or "unknown",
+        "made by": found.producer or "unknown",
+        "context": found.context_length or "unknown",
+        "weights": f"{found.file_bytes:,} bytes",
+    }
+    for dtype, entry in found.tensors.items():
+        rows[dtype] = f"{entry['count']} tensors, {entry['elements']:,} elements"
+    if found.quantization is not None:
+        rows["quantization"] = ", ".join(f"{k} {v}" for k, v in found.quantization.items())
+    if found.tokenizer is not None:
+        rows["tokenizer"] = ", ".join(f"{k} {v}" for k, v in found.tokenizer.items())
+    if found.warnings:
+        rows["warnings"] = "\n".join(found.warnings)
+    print_table(rows)

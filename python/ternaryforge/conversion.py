@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint folder becomes a ternary one, tensor by tensor.
+
+    report = convert("llama", "llama-ternary")                          # plain transformers loads it
+    report = convert("llama", "out", scale="group", group_size=64)      # finer scales, for this library
+
+Linear layers become trits and scales; embeddings, head and norms keep their bytes.
+What lies in the folder is described in docs/reference/formats.md.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ternaryforge import _core
+from ternaryforge._core import FormatError
+from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
+from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.memory import PeakAnonymous
+from ternaryforge.quantization import Quantization, ScaleKind
+from ternaryforge.report import Report
+from ternaryforge.weights import load_weights, scale_name
+
+Scheme = Literal["ls", "absmean", "absmax", "twn"]
+Progress = Callable[[int, int, str], None]
+
+SCHEMES: tuple[Scheme, ...] = ("ls", "absmean", "absmax", "twn")
+SCALES: tuple[ScaleKind, ...] = ("tensor", "row", "group")
+COMPANION_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""What is copied beside the weights: texts need it, or a licence asks for it."""
+
+_ROUNDED = (
+    "these weights were not trained to be ternary, and rounding alone usually turns such a model into gibberish: "
+    "measure the result with `ternaryforge evaluate` before using it"
+)
+_FINEST_GROUP = 64
+_CHUNK_WEIGHTS = 1 << 20  # handled at once where a tensor is read or measured in parts
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConversion:
+    """One linear layer. `relative_error` is |w - trit * scale|^2 / |w|^2."""
+
+    name: str
+    rows: int
+    cols: int
+    already_ternary: bool
+    relative_error: float
+    zero_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport(Report):
+    """What `convert` did. `tensors` counts the linear layers that are ternary now.
+
+    `scheme` is None where the source was quantised already and is copied.
+    `bits_per_weight` is codes and scales of those over `ternary_params`; `file_bytes` is the size of
+    the weights file, and `file_bits_per_weight` spreads it over all parameters.
+    `peak_anonymous_bytes` is the growth of the process's anonymous memory, None where the system
+    does not tell. `already_ternary` names the layers that were kept as they were. `warnings` says what
+    the user should know before using the result.
+    """
+
+    source: str
+    out: str
+    scheme: str | None
+    scale: str
+    group_size: int | None
+    tensors: int
+    ternary_params: int
+    bits_per_weight: float
+    file_bits_per_weight: float
+    file_bytes: int
+    peak_anonymous_bytes: int | None
+    seconds: float
+    already_ternary: tuple[str, ...]
+    warnings: tuple[str, ...]
+    linears: tuple[LinearConversion, ...]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scheme: Scheme = "ls",
+    scale: ScaleKind = "tensor",
+    group_size: int = 128,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts the checkpoint folder `source` into the ternary checkpoint folder `out`.
+
+    Args:
+        source: Folder of a supported family with weights in bf16, f16 or f32, in one file or shards.
+        out: A folder that does not exist yet, or is empty. Nothing appears there before all is done.
+        scheme: `ls` exact least squares, `absmean` (BitNet b1.58), `absmax`, `twn`.
+        scale: `tensor` writes a stock folder that plain transformers loads (with int8 activations);
+            `row` or `group` a folder for this library.
+        group_size: Columns that share a scale under `group`: a multiple of 64.
+        threads: Default: the physical cores at hand.
+        progress: Called after each tensor with the bytes done, all bytes, and the tensor's name.
+
+    Weights that are ternary already are kept exactly, whatever the scheme; a folder that is
+    quantised already is copied. Scales are exact in 16 bits, so that every export is lossless.
+
+    Raises FormatError for a source that is malformed, unsupported, or cannot be kept exactly as
+    asked (the text names the fix), ValueError for wrong options, FileExistsError and other OSError.
+    """
+    started = time.perf_counter()
+    threads = _core.parallel.default_threads() if threads is None else threads
+    _check_options(scheme, scale, group_size, threads)
+    source, out = Path(source), Path(out)
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_out == real_source or real_source in real_out.parents:
+        raise ValueError(f"[convert] the output must lie outside of the source, got '{out}'")
+    with PeakAnonymous() as memory:
+        checkpoint = Checkpoint.open(source)
+        where = str(source / "config.json")
+        architecture = read_architecture(checkpoint.config, where=where)
+        quantization = architecture.quantization
+        if quantization is None or quantization.online:
+            options = _Options(scheme, scale, group_size, threads)
+            job: _Copy = _Rounding(checkpoint, architecture, options)
+        else:
+            job = _Copy(checkpoint, architecture)
+            _check_kept(quantization, scale, group_size, where)
+        file_bytes = job.write(out, progress)
+    linears = tuple(job.linears)
+    weights = sum(linear.rows * linear.cols for linear in linears)
+    shapes = architecture.spec.slots().values()
+    return ConversionReport(
+        source=str(source),
+        out=str(out),
+        scheme=scheme if isinstance(job, _Rounding) else None,
+        scale=scale,
+        group_size=group_size if scale == "group" else None,
+        tensors=len(linears),
+        ternary_params=weights,
+        bits_per_weight=8 * job.ternary_bytes / weights if weights else 0.0,
+        file_bits_per_weight=8 * file_bytes / sum(rows * cols for rows, cols in shapes),
+        file_bytes=file_bytes,
+        peak_anonymous_bytes=memory.growth,
+        seconds=time.perf_counter() - started,
+        already_ternary=tuple(linear.name for linear in linears if linear.already_ternary),
+        warnings=_warnings(quantization, linears),
+        linears=linears,
+    )
+
+
+def _warnings(quantization: Quantization | None, linears: tuple[LinearConversion, ...]) -> tuple[str, ...]:
+    """Dense weights that were rounded and neither trained nor calibrated for it."""
+    if quantization is not None or all(linear.already_ternary for linear in linears):
+        return ()
+    return (_ROUNDED,)
+
+
+def _check_options(scheme: str, scale: str, group_size: int, threads: int) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"[convert] scheme is one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if scale not in SCALES:
+        raise ValueError(f"[convert] scale is one of {', '.join(SCALES)}, got {scale!r}")
+    if scale == "group" and (group_size < 64 or group_size % 64):
+        raise ValueError(f"[convert] group_size is a positive multiple of 64, got {group_size}")
+    if threads < 1:
+        raise ValueError(f"[convert] threads is at least 1, got {threads}")
+
+
+def _check_kept(quantization: Quantization, scale: str, group_size: int, where: str) -> None:
+    """Refuses to store scales that exist already in another way."""
+    if (scale, group_size if scale == "group" else 0) != (
+        quantization.scale,
+        quantization.group_size,
+    ):
+        raise FormatError(
+            f"[convert] '{where}': the weights are quantised already and are only copied: "
+            f"use {_text(quantization.scale, quantization.group_size)}"
+        )
+
+
+def _text(scale: str, group_size: int) -> str:
+    return f"scale='{scale}'" + (f", group_size={group_size}" if scale == "group" else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    scheme: Scheme
+    scale: ScaleKind
+    group_size: int
+    threads: int
+
+
+class _Copy:
+    """Writes a checkpoint that is ternary already, byte by byte."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        # For its checks of every tensor; latents of training are plain floats here.
+        quantization = architecture.quantization
+        online = quantization is not None and quantization.online
+        load_weights(checkpoint, replace(architecture, quantization=None) if online else architecture)
+        self.linears: list[LinearConversion] = []
+        self.ternary_bytes = 0
+
+    def write(self, out: Path, progress: Progress | None) -> int:
+        """Writes the folder; returns the size of the weights file."""
+        checkpoint = self._checkpoint
+        sizes = {name: checkpoint.info(name).nbytes for name in checkpoint}
+        done = 0
+        with CheckpointWriter(out, self._plan()) as writer:
+            for name in checkpoint:
+                self._write_tensor(writer, name)
+                done += sizes[name]
+                if progress is not None:
+                    progress(done, sum(sizes.values()), name)
+            self._write_config(writer)
+            for pattern in COMPANION_FILES:
+                for file in sorted(checkpoint.path.glob(pattern)):
+                    if file.is_file():
+                        writer.copy_file(file)
+        return writer.file_bytes
+
+    def _plan(self) -> list[TensorPlan]:
+        infos = (self._checkpoint.info(name) for name in self._checkpoint)
+        return [TensorPlan(info.name, info.dtype, info.shape) for info in infos]
+
+    def _write_config(self, writer: CheckpointWriter) -> None:
+        writer.copy_file(self._checkpoint.path / "config.json")
+
+    def _write_tensor(self, writer: CheckpointWriter, name: str) -> None:
+        writer.write(name, self._checkpoint.raw(name))
+        info = self._checkpoint.info(name)
+        if info.dtype != "U8":
+            return
+        rows, cols = 4 * info.shape[0], info.shape[1]
+        codes = np.frombuffer(self._checkpoint.raw(name), np.uint8)
+        zeros = sum(int(np.count_nonzero((codes >> shift & 3) == 1)) for shift in (0, 2, 4, 6))
+        self.linears.append(LinearConversion(name, rows, cols, True, 0.0, zeros / (rows * cols)))
+        self.ternary_bytes += info.nbytes + self._checkpoint.info(scale_name(name)).nbytes
+
+
+class _Rounding(_Copy):
+    """Writes a checkpoint with floats in its linear layers as a ternary one."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, options: _Options) -> None:
+        quantization = architecture.quantization
+        where = str(checkpoint.path / "config.json")
+        if quantization is not None and (options.scheme, options.scale) != ("absmean", "tensor"):
+            raise FormatError(
+                f"[convert] '{where}': these weights were trained to be rounded by absmean per tensor "
+                "(quantization_mode 'online'): use scheme='absmean', scale='tensor'"
+            )
+        super().__init__(checkpoint, architecture)
+        self._options = options
+        self._shapes: dict[str, tuple[int, int]] = {}
+        rounds = architecture.is_linear if quantization is None else architecture.is_ternary
+        for slot, shape in architecture.spec.slots().items():
+            if not rounds(slot):
+                continue
+            name = architecture.tensor_names[slot]
+            if shape[0] % 4:
+                raise FormatError(
+                    f"[convert] '{checkpoint.info(name).file}': tensor '{name}' has {shape[0]} rows; "
+                    "four rows share a byte, so the number of rows must be a multiple of 4: "
+                    "this model cannot be stored as a ternary checkpoint"
+                )
+            self._shapes[name] = shape
+
+    def _scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
+        match self._options.scale:
+            case "tensor":
+                return (1,)
+            case "row":
+                return (rows,)
+            case "group":
+                return (rows, -(-cols // self._options.group_size))
+
+    def _plan(self) -> list[TensorPlan]:
+        plan = [tensor for tensor in super()._plan() if tensor.name not in self._shapes]
+        for name, (rows, cols) in self._shapes.items():
+            plan.append(TensorPlan(name, "U8", (rows // 4, cols)))
+            plan.append(TensorPlan(scale_name(name), "F32", self._scale_shape(rows, cols)))
+        return plan
+
+    def _write_config(self, writer: CheckpointWriter) -> None:
+        quantization = self._architecture.quantization
+        trained = self._architecture.family == "bitnet" or quantization is not None
+        kept = None if quantization is None else quantization.excluded
+        if self._options.scale == "tensor":
+            fields: dict[str, Any] = {
+                "quant_method": "bitnet",
+                "linear_class": "bitlinear",
+                "quantization_mode": "offline",
+            }
+        else:
+            fields = {"quant_method": "ternaryforge", "scale": self._options.scale}
+            if self._options.scale == "group":
+                fields["group_size"] = self._options.group_size
+            fields["activation_bits"] = 8 if trained else None
+        fields["modules_to_not_convert"] = ["lm_head"] if kept is None else list(kept)
+        writer.write_json("config.json", {**self._checkpoint.config, "quantization_config": fields})
+
+    def _write_tensor(self, writer: CheckpointWriter, name: str) -> None:
+        if name not in self._shapes:
+            writer.write(name, self._checkpoint.raw(name))
+            return
+        rows, cols = self._shapes[name]
+        weights = self._read(name)
+        where = f"[convert] '{self._checkpoint.info(name).file}': tensor '{name}'"
+        trits, scales, already = self._round(weights, where)
+        stored = scales
+        if self._options.scale == "tensor":
+            with np.errstate(over="ignore"):
+                stored = np.float32(1) / scales
+            if not np.isfinite(stored[0]):
+                raise FormatError(
+                    f"{where} has the scale {scales[0]}, whose reciprocal a stock checkpoint cannot "
+                    "store: use scale='row'"
+                )
+            scales = np.float32(1) / stored
+        codes = _core.formats.pack(trits, "hf_packed")
+        writer.write(name, codes.reshape(rows // 4, cols))
+        writer.write(scale_name(name), stored)
+        self.ternary_bytes += codes.nbytes + stored.nbytes
+        error = _relative_error(weights, trits, scales, self._options.group_size)
+        zeros = 1 - int(np.count_nonzero(trits)) / trits.size
+        self.linears.append(LinearConversion(name, rows, cols, already, error, zeros))
+
+    def _read(self, name: str) -> NDArray[np.float32]:
+        """The weights as float32: mapped where the file holds just that, else read in parts."""
+        info = self._checkpoint.info(name)
+        if info.dtype == "F32":
+            return self._checkpoint.read_float32(name)
+        weights = np.empty(info.shape, np.float32)
+        for begin, end in _row_chunks(*info.shape):
+            weights[begin:end] = self._checkpoint.read_float32(name, rows=(begin, end))
+        return weights
+
+    def _round(self, weights: NDArray[np.float32], where: str) -> tuple[NDArray[np.int8], NDArray[np.float32], bool]:
+        """Trits, scales, and whether the weights were ternary before."""
+        options = self._options
+        group = options.group_size if options.scale == "group" else _FINEST_GROUP
+        kept = None if self._architecture.quantization is not None else self._keep(weights, group, where)
+        if kept is not None:
+            return *kept, True
+        try:
+            trits, scales = _core.quant.quantize_weights(
+                weights,
+                scheme=options.scheme,
+                scale=options.scale,
+                group_size=group,
+                threads=options.threads,
+            )
+        except ValueError as error:
+            raise FormatError(f"{where}: {error}") from None
+        return trits, scales, False
+
+    def _keep(
+        self, weights: NDArray[np.float32], group: int, where: str
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
+        """Trits and scales of weights that are ternary already; refuses what the scale cannot keep."""
+        options = self._options
+        found = _core.quant.find_ternary(weights, group_size=group, threads=options.threads)
+        kind = "group" if found is None else found[0]
+        if found is None or SCALES.index(kind) > SCALES.index(options.scale):
+            for size in (256, 128, _FINEST_GROUP):
+                if _core.quant.find_ternary(weights, group_size=size, threads=options.threads):
+                    raise FormatError(
+                        f"{where} is ternary already, with one scale per {kind}, which "
+                        f"{_text(options.scale, options.group_size)} cannot keep: use {_text(kind, size)}"
+                    )
+            return None
+        _, trits, scales = found
+        shape = self._scale_shape(*weights.shape)
+        if len(shape) == 2 and kind != "group":
+            scales = scales[:, None]
+        return trits, np.ascontiguousarray(np.broadcast_to(scales, shape))
+
+
+def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_WEIGHTS // cols)
+    for begin in range(0, rows, step):
+        yield begin, min(rows, begin + step)
+
+
+def _relative_error(
+    weights: NDArray[np.float32],
+    trits: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    group_size: int,
+) -> float:
+    """|w - trit * scale|^2 / |w|^2, in parts; 0 for weights that are all zero."""
+    rows, cols = weights.shape
+    error = energy = 0.0
+    for begin, end in _row_chunks(rows, cols):
+        part = scales if scales.size == 1 else scales[begin:end]
+        per_weight = part[:, None] if part.ndim == 1 else part.repeat(group_size, axis=1)[:, :cols]
+        residual = weights[begin:end] - trits[begin:end] * per_weight
+        error += float(np.square(residual, dtype=np.float64).sum())
+        energy += float(np.square(weights[begin:end], dtype=np.float64).sum())
+    return error / energy if energy else 0.0

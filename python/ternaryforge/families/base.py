@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family is, and how its config.json becomes a `ModelSpec` with names of tensors."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ternaryforge import _core
+from ternaryforge._core import FormatError
+from ternaryforge.families.fields import Activation, Fields
+from ternaryforge.families.rope import Rotation, read_rotation
+from ternaryforge.quantization import Quantization, parse_quantization
+
+LINEAR_SLOTS = ("query", "key", "value", "output", "gate", "up", "down")
+"""The last part of the slots that hold linear layers."""
+
+TENSORS = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.attention_norm": "model.layers.{i}.input_layernorm.weight",
+    "layers.query": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.key": "model.layers.{i}.self_attn.k_proj.weight",
+    "layers.value": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.query_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "layers.key_norm": "model.layers.{i}.self_attn.k_norm.weight",
+    "layers.output": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "layers.up": "model.layers.{i}.mlp.up_proj.weight",
+    "layers.down": "model.layers.{i}.mlp.down_proj.weight",
+}
+"""The tensors by slot that most families share, with `{i}` for the number of the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One model as its config.json describes it.
+
+    `tensor_names` maps each slot of `spec.slots()` to the tensor of the checkpoint folder.
+    `eos_ids` are the end tokens of the configuration.
+    """
+
+    family: str
+    architecture: str
+    spec: _core.model.ModelSpec
+    tensor_names: Mapping[str, str]
+    tied_head: bool
+    quantization: Quantization | None
+    eos_ids: tuple[int, ...]
+
+    def module_of(self, slot: str) -> str:
+        """The module that holds a slot, e.g. `model.layers.0.mlp.up_proj`."""
+        return self.tensor_names[slot].removesuffix(".weight")
+
+    def is_linear(self, slot: str) -> bool:
+        """Whether a slot is a linear layer of a block (the head and the embedding are not)."""
+        return slot.rpartition(".")[2] in LINEAR_SLOTS
+
+    def is_ternary(self, slot: str) -> bool:
+        """Whether the configuration promises ternary weights for a slot (or allows them)."""
+        if self.quantization is None or not (self.is_linear(slot) or slot == "head"):
+            return False
+        return not self.quantization.keeps_dense(self.module_of(slot))
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a family reads beyond the plain decoder: arguments of `LayerSpec` and `ModelSpec`.
+
+    `windows` has a number for every layer, 0 for one that sees all tokens; none means all zero.
+    """
+
+    layer: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    windows: Sequence[int] = ()
+
+
+def _plain_details(_fields: Fields, _layers: int) -> Details:
+    return Details()
+
+
+def _one_rotation(fields: Fields, head_dim: int, _window: int) -> Rotation:
+    return read_rotation(fields, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: its names, its tensors, and the fields in which it differs from others.
+
+    `activations` maps what `activation_field` may say to the core's name, the default first.
+    `defaults` are the values that absent fields have in the family's class. `reads` are the fields
+    that `details` (of the fields and the number of layers) and `rotation` (of the fields, the size
+    of a head and the window) take beside the common ones; `neutral` adds fields that are accepted
+    only at the values given. `quantization` is the quantization_config of files without one.
+    """
+
+    name: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    activations: Mapping[str, Activation] = field(default_factory=lambda: {"silu": "silu"})
+    activation_field: str = "hidden_act"
+    tensors: Mapping[str, str] = field(default_factory=lambda: TENSORS)
+    reads: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    details: Callable[[Fields, int], Details] = _plain_details
+    rotation: Callable[[Fields, int, int], Rotation] = _one_rotation
+    quantization: Mapping[str, Any] | None = None
+
+    def read(self, config: dict[str, Any], *, where: str) -> Architecture:
+        """Checks every field of a config.json and builds the specification."""
+        fields = Fields(config, where, self.defaults)
+        fields.refuse_unknown(self.reads | {self.activation_field}, self.neutral)
+        tied_head = fields.flag("tie_word_embeddings")
+        layer_count = fields.size("num_hidden_layers", limit=10_000)
+        details = self.details(fields, layer_count)
+        windows = details.windows or fields.windows(["full_attention"] * layer_count, None)
+        layers = {window: self._layer(fields, details, window) for window in set(windows)}
+        try:
+            spec = _core.model.ModelSpec(
+                vocab_size=fields.size("vocab_size"),
+                hidden_size=fields.size("hidden_size"),
+                context_length=fields.size("max_position_embeddings"),
+                norm_epsilon=fields.number("rms_norm_eps"),
+                layers=[layers[window] for window in windows],
+                tied_head=tied_head,
+                **details.model,
+            )
+        except ValueError as error:
+            raise FormatError(f"[config] '{where}': {error}") from None
+        quantized = config
+        if self.quantization is not None and config.get("quantization_config") is None:
+            quantized = {"quantization_config": dict(self.quantization)}
+        return Architecture(
+            family=self.name,
+            architecture=self.architecture,
+            spec=spec,
+            tensor_names={slot: self._tensor_name(slot) for slot in spec.slots()},
+            tied_head=tied_head,
+            quantization=parse_quantization(quantized, where=where),
+            eos_ids=fields.token_ids("eos_token_id"),
+        )
+
+    def _layer(self, fields: Fields, details: Details, window: int) -> _core.model.LayerSpec:
+        hidden_size = fields.size("hidden_size")
+        heads = fields.size("num_attention_heads")
+        head_dim = fields.size("head_dim", default=hidden_size // heads)
+        if fields.get("head_dim") is None and hidden_size % heads:
+            raise fields.refusal(
+                "hidden_size", f"must be a multiple of num_attention_heads {heads} where there is no head_dim"
+            )
+        if head_dim % 2:
+            raise fields.refusal("head_dim", f"must be even ({head_dim} by the other fields)")
+        kv_heads = fields.size("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise fields.refusal("num_attention_heads", f"must be a multiple of num_key_value_heads {kv_heads}")
+        rotation = self.rotation(fields, head_dim, window)
+        return _core.model.LayerSpec(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rotation=rotation.frequencies,
+            rotation_scale=rotation.scale,
+            window=window,
+            ffn_size=fields.size("intermediate_size"),
+            activation=fields.activation(self.activation_field, self.activations),
+            **details.layer,
+        )
+
+    def _tensor_name(self, slot: str) -> str:
+        found = re.fullmatch(r"layers\.(\d+)\.(\w+)", slot)
+        if found is None:
+            return self.tensors[slot]
+        part = found[2].removesuffix("_bias")
+        name = self.tensors["layers." + part].format(i=found[1])
+        return name if part == found[2] else name.removesuffix("weight") + "bias"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a checkpoint: family, tensors, quantisation, tokenizer, and what is wrong with it."""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ternaryforge._core import FormatError
+from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.families import read_architecture
+from ternaryforge.report import Report
+from ternaryforge.sources import find_source
+from ternaryforge.tokenizer import Tokenizer
+from ternaryforge.weights import check_tensor_names
+
+
+@dataclass(frozen=True)
+class Inspection(Report):
+    """What a file or a folder holds.
+
+    `tensors` maps each dtype to count, elements and bytes. `quantization` is None for dense weights,
+    `tokenizer` None where there is none. `warnings` says in whole sentences why the checkpoint
+    cannot be used, or only in part.
+    """
+
+    path: str
+    format: str
+    arch: str | None
+    producer: str | None
+    context_length: int | None
+    tensors: dict[str, dict[str, int]]
+    quantization: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None
+    file_bytes: int
+    warnings: list[str]
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Looks at a checkpoint folder, a safetensors file or "demo" without reading the weights.
+
+    Raises FormatError for one that cannot be read at all; what can be read but not used becomes a
+    warning.
+    """
+    checkpoint = Checkpoint.open(find_source(path))
+    path = checkpoint.path
+    config = checkpoint.config
+    warnings: list[str] = []
+    context_length = quantization = None
+    if config:
+        try:
+            architecture = read_architecture(config, where=str(path / "config.json"))
+            context_length = architecture.spec.context_length
+            if architecture.quantization is not None:
+                quantization = asdict(architecture.quantization)
+            check_tensor_names(checkpoint, architecture)
+        except FormatError as error:
+            warnings.append(str(error))
+    else:
+        warnings.append("There is no config.json, so that the weights alone cannot be run.")
+    tokenizer = None
+    if path.is_dir():
+        try:
+            tokenizer = _describe_tokenizer(path)
+            if tokenizer is None:
+                warnings.append("There is no tokenizer: only token ids can be generated from.")
+        except FormatError as error:
+            warnings.append(str(error))
+    architectures = config.get("architectures") or [config.get("model_type")]
+    version = config.get("transformers_version")
+    return Inspection(
+        path=str(path),
+        format="safetensors",
+        arch=str(architectures[0]) if architectures[0] else None,
+        producer=f"transformers {version}" if version else None,
+        context_length=context_length,
+        tensors=_tensors_by_dtype(checkpoint),
+        quantization=quantization,
+        tokenizer=tokenizer,
+        file_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        warnings=warnings,
+    )
+
+
+def _tensors_by_dtype(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = {}
+    for name in checkpoint:
+        info = checkpoint.info(name)
+        entry = table.setdefault(info.dtype, {"count": 0, "elements": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["elements"] += math.prod(info.shape)
+        entry["bytes"] += info.nbytes
+    return dict(sorted(table.items()))
+
+
+def _describe_tokenizer(folder: Path) -> dict[str, Any] | None:
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is None:
+        return None
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_ids": list(tokenizer.eos_ids),
+    }
