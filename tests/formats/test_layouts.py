@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts against bytes worked out from their documents."""
+
+import numpy as np
+import pytest
+
+from ternaryforge import _core
+from ternaryforge._core import FormatError
+
+formats = _core.formats
+
+
+def hf_packed_from_document(trits: np.ndarray) -> np.ndarray:
+    """Byte [r, k] holds rows r, r + P, r + 2P, r + 3P of column k, P = rows / 4, lowest bits first, code trit + 1."""
+    quarter = trits.shape[0] // 4
+    blocks = (trits.astype(np.uint8) + np.uint8(1)).reshape(4, quarter, -1)
+    return (blocks[0] | blocks[1] << 2 | blocks[2] << 4 | blocks[3] << 6).ravel()
+
+
+def t16_from_document(trits: np.ndarray) -> np.ndarray:
+    rows, cols = trits.shape
+    panels, tiles = -(-rows // 16), -(-cols // 16)
+    padded = np.zeros((panels * 16, tiles * 16), np.int8)
+    padded[:rows, :cols] = trits
+    # [panel, row, tile, plane, column in plane] -> [panel, tile, row, column in plane] bytes of four planes
+    codes = (padded + 1).astype(np.uint8).reshape(panels, 16, tiles, 4, 4).transpose(0, 2, 1, 4, 3)
+    return (codes << (2 * np.arange(4, dtype=np.uint8))).sum(axis=-1, dtype=np.uint8).ravel()
+
+
+DOCUMENTS = {"hf_packed": hf_packed_from_document, "t16": t16_from_document}
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+@pytest.mark.parametrize(("rows", "cols"), [(4, 1), (8, 2), (16, 16), (20, 33), (100, 47)])
+def test_bytes_are_those_of_the_document(layout: str, rows: int, cols: int) -> None:
+    trits = np.random.default_rng(rows * cols).integers(-1, 2, (rows, cols)).astype(np.int8)
+    data = formats.pack(trits, layout)
+    np.testing.assert_array_equal(data, DOCUMENTS[layout](trits))
+    assert data.size == formats.layout_bytes(layout, rows, cols)
+    np.testing.assert_array_equal(formats.unpack(data, layout, rows, cols), trits)
+
+
+def test_hf_packed_example_of_transformers() -> None:
+    """The example in the docstring of transformers' unpack_weights."""
+    data = np.array([0b10100001, 0b00011000, 0b10010000, 0b00001010], np.uint8)
+    expected = [[0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1]]
+    np.testing.assert_array_equal(formats.unpack(data, "hf_packed", 8, 2), expected)
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_zeros_are_0x55(layout: str) -> None:
+    assert set(formats.pack(np.zeros((16, 16), np.int8), layout)) == {0x55}
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_values_that_are_no_trits_are_refused(layout: str) -> None:
+    trits = np.zeros((4, 5), np.int8)
+    trits[2, 3] = 2
+    with pytest.raises(ValueError, match="got 2 at row 2, column 3"):
+        formats.pack(trits, layout)
+    data = np.full(formats.layout_bytes(layout, 4, 5), 0xFF, np.uint8)
+    with pytest.raises(FormatError, match="3"):
+        formats.unpack(data, layout, 4, 5)
+
+
+def test_rows_of_hf_packed_are_multiples_of_4() -> None:
+    with pytest.raises(ValueError, match="multiple of 4, got 6 x 5"):
+        formats.pack(np.zeros((6, 5), np.int8), "hf_packed")
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 1), (20, 33), (36, 100), (260, 129)])
+def test_repacking_keeps_every_trit_and_scale(rows: int, cols: int) -> None:
+    trits = np.random.default_rng(7).integers(-1, 2, (rows, cols)).astype(np.int8)
+    scales = np.random.default_rng(8).uniform(0.1, 1, rows).astype(np.float32)
+    tensor = formats.PackedTensor(
+        "hf_packed", rows, cols, formats.pack(trits, "hf_packed"), scale_kind="row", scales=scales
+    )
+    for threads in (1, 3):
+        tiles = _core.kernels.repack(tensor, "t16", threads=threads)
+        assert tiles.layout == "t16"
+        np.testing.assert_array_equal(tiles.data, t16_from_document(trits))
+        np.testing.assert_array_equal(tiles.effective_scales, scales)
+
+
+def test_repacking_refuses_code_3() -> None:
+    tensor = formats.PackedTensor(
+        "hf_packed", 4, 2, np.array([0x55, 0xD5], np.uint8), scale_kind="tensor", scales=np.ones(1, np.float32)
+    )
+    assert not formats.hf_packed_is_valid(tensor.data)
+    with pytest.raises(FormatError, match="code is 3"):
+        _core.kernels.repack(tensor, "t16")
+
+
+def test_both_scale_conventions_give_the_same_weight() -> None:
+    data = np.full(4, 0x55, np.uint8)
+    for convention, stored in (("multiply", 0.25), ("divide", 4.0)):
+        tensor = formats.PackedTensor(
+            "hf_packed",
+            4,
+            4,
+            data,
+            scale_kind="tensor",
+            convention=convention,
+            scales=np.array([stored], np.float32),
+        )
+        np.testing.assert_array_equal(tensor.effective_scales, [0.25])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"scale_kind": "tensor", "scales": np.ones(2, np.float32)}, "expected 1 scales"),
+        ({"scale_kind": "row", "scales": np.ones(3, np.float32)}, "expected 4 scales"),
+        ({"scale_kind": "group", "group_size": 100, "scales": np.ones(4, np.float32)}, "multiple of 64, got 100"),
+        ({"scale_kind": "tensor", "scales": np.array([np.nan], np.float32)}, "finite"),
+        ({"scale_kind": "tensor", "scales": np.array([0], np.float32), "convention": "divide"}, "finite"),
+        ({"scale_kind": "tensor", "scales": np.array([-1], np.float32)}, "not negative"),
+        ({}, "codes need one"),
+        ({"scale_kind": "block"}, "none, tensor, row or group"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(keywords: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        formats.PackedTensor("hf_packed", 4, 4, np.full(4, 0x55, np.uint8), **keywords)
+
+
+def test_a_buffer_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes 64 bytes, got 60"):
+        formats.PackedTensor("f32", 4, 4, np.zeros(15, np.float32))
+    with pytest.raises(ValueError, match="one of f32, f16, bf16, int8, hf_packed, t16, not 'q4'"):
+        formats.PackedTensor("q4", 4, 4, np.zeros(16, np.float32))
+
+
+def test_a_tensor_keeps_its_buffer_alive() -> None:
+    tensor = formats.PackedTensor("f32", 2, 2, memoryview(np.arange(4, dtype=np.float32)).cast("B"))
+    np.testing.assert_array_equal(tensor.data.view(np.float32), [0, 1, 2, 3])
+    view = tensor.data
+    assert not view.flags.writeable
+    del tensor
+    np.testing.assert_array_equal(view.view(np.float32), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63])
+def test_sizes_that_overflow_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="too large"):
+        formats.layout_bytes("f32", size, 4)

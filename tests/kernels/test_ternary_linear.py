@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ternary products on every target against NumPy written from the arithmetic contract."""
+
+import numpy as np
+import pytest
+
+from ternaryforge import _core
+
+SHAPES = [(4, 1), (4, 15), (16, 16), (20, 17), (12, 64), (36, 100), (64, 257), (132, 1000)]
+TOKENS = [1, 2, 3, 5, 8, 9, 17]
+
+
+def made_trits(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1, 2, (rows, cols)).astype(np.int8)
+
+
+def made_scales(kind: str, rows: int, cols: int, group_size: int) -> np.ndarray:
+    shape = {"tensor": (1,), "row": (rows,), "group": (rows, -(-cols // group_size))}[kind]
+    return np.random.default_rng(3).uniform(0.2, 2.0, shape).astype(np.float32)
+
+
+def packed(
+    trits: np.ndarray, kind: str = "tensor", group_size: int = 64, layout: str = "hf_packed"
+) -> tuple[_core.formats.PackedTensor, np.ndarray]:
+    rows, cols = trits.shape
+    scales = made_scales(kind, rows, cols, group_size)
+    data = _core.formats.pack(trits, layout)
+    tensor = _core.formats.PackedTensor(
+        layout, rows, cols, data, scale_kind=kind, group_size=group_size if kind == "group" else 0, scales=scales
+    )
+    return tensor, scales
+
+
+def dense(trits: np.ndarray, scales: np.ndarray, kind: str, group_size: int) -> np.ndarray:
+    """The weights as float64."""
+    if kind == "tensor":
+        return trits.astype(np.float64) * scales[0]
+    if kind == "row":
+        return trits.astype(np.float64) * scales[:, None]
+    columns = np.repeat(scales, group_size, axis=1)[:, : trits.shape[1]]
+    return trits.astype(np.float64) * columns
+
+
+def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """BitNet b1.58's per-token int8: s = 127 * (1 / max(max |x|, 1e-5)) in float32, round half to even."""
+    scale = np.float32(127) * (np.float32(1) / np.maximum(np.abs(x).max(axis=1), np.float32(1e-5)))
+    return np.clip(np.rint(x * scale[:, None]), -128, 127).astype(np.int8), scale
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_integer_sums_are_exact(target: str, rows: int, cols: int) -> None:
+    trits = made_trits(rows, cols)
+    tensor, _ = packed(trits)
+    random = np.random.default_rng(1).integers(-128, 128, (3, cols))
+    for codes in (random, np.full((1, cols), 127), np.full((1, cols), -128)):
+        expected = codes.astype(np.int64) @ trits.T.astype(np.int64)
+        np.testing.assert_array_equal(_core.kernels.ternary_dot(codes.astype(np.int8), tensor), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("code", [127, -128])
+@pytest.mark.parametrize("cols", [256, 6912, 28672])
+def test_long_rows_of_extremes_do_not_saturate(target: str, cols: int, code: int, sign: int) -> None:
+    tensor, _ = packed(np.full((4, cols), sign, np.int8))
+    sums = _core.kernels.ternary_dot(np.full((1, cols), code, np.int8), tensor)
+    np.testing.assert_array_equal(sums, np.full((1, 4), cols * code * sign))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64), ("group", 128)])
+def test_int8_linear_is_the_contract(target: str, kind: str, group_size: int, tokens: int) -> None:
+    rows, cols = 36, 300
+    trits = made_trits(rows, cols)
+    tensor, scales = packed(trits, kind, group_size)
+    x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
+    codes, act_scale = quantized(x)
+    expected = codes.astype(np.float64) @ dense(trits, scales, kind, group_size).T / act_scale[:, None]
+    actual = _core.kernels.linear(x, tensor, activations="int8")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+@pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64), ("group", 256)])
+def test_float_linear_is_the_product(target: str, kind: str, group_size: int, tokens: int) -> None:
+    rows, cols = 20, 333
+    trits = made_trits(rows, cols)
+    tensor, scales = packed(trits, kind, group_size)
+    x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
+    expected = x.astype(np.float64) @ dense(trits, scales, kind, group_size).T
+    actual = _core.kernels.linear(x, tensor, activations="float")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64)])
+def test_every_target_gives_the_same_bits(kind: str, group_size: int, activations: str) -> None:
+    tensor, _ = packed(made_trits(36, 300), kind, group_size)
+    x = np.random.default_rng(4).normal(size=(11, 300)).astype(np.float32)
+    previous = _core.simd.active_target()
+    try:
+        results = {}
+        for name in _core.simd.supported_targets():
+            _core.simd.use_target(name)
+            results[name] = _core.kernels.linear(x, tensor, activations=activations)
+    finally:
+        _core.simd.use_target(previous)
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        np.testing.assert_array_equal(result, first, err_msg=name)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_tokens_and_threads_do_not_change_a_bit(target: str, activations: str) -> None:
+    tensor, _ = packed(made_trits(100, 200), "group", 64)
+    x = np.random.default_rng(5).normal(size=(13, 200)).astype(np.float32)
+    whole = _core.kernels.linear(x, tensor, activations=activations)
+    single = np.concatenate([_core.kernels.linear(row[None], tensor, activations=activations) for row in x])
+    np.testing.assert_array_equal(whole, single)
+    for threads in (2, 3, 7):
+        np.testing.assert_array_equal(whole, _core.kernels.linear(x, tensor, activations=activations, threads=threads))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 15, 16, 17, 63, 64, 65, 1000])
+def test_activations_round_half_to_even(target: str, size: int) -> None:
+    x = np.random.default_rng(6).normal(size=(3, size)).astype(np.float32)
+    x[0] = (np.arange(size) % 9 - 4) * 0.5  # ties once scaled by the powers of two below
+    x[0, 0] = 127.0
+    x[1] = 0
+    codes, scales = _core.kernels.quantize_acts(x)
+    expected, expected_scales = quantized(x)
+    np.testing.assert_array_equal(scales, expected_scales)
+    np.testing.assert_array_equal(codes, expected)
+    assert not codes[1].any()
+
+
+def test_ties_become_even(target: str) -> None:
+    x = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], np.float32)
+    codes, _ = _core.kernels.quantize_acts(x)
+    np.testing.assert_array_equal(codes, [[127, 0, 2, 2, 0, -2, -2]])
+
+
+def test_tiny_activations_do_not_divide_by_zero(target: str) -> None:
+    tensor, _ = packed(made_trits(4, 20))
+    x = np.full((1, 20), 1e-30, np.float32)
+    np.testing.assert_array_equal(_core.kernels.linear(x, tensor, activations="int8"), np.zeros((1, 4), np.float32))
+
+
+def test_wrong_arguments_are_refused() -> None:
+    tensor, _ = packed(made_trits(4, 20))
+    with pytest.raises(TypeError, match="float32"):
+        _core.kernels.linear(np.zeros((1, 20)), tensor, activations="int8")
+    with pytest.raises(ValueError, match="20 columns"):
+        _core.kernels.linear(np.zeros((1, 21), np.float32), tensor, activations="int8")
+    with pytest.raises(ValueError, match="int8 or float"):
+        _core.kernels.linear(np.zeros((1, 20), np.float32), tensor, activations="bf16")
+    with pytest.raises(ValueError, match="at least one thread"):
+        _core.kernels.linear(np.zeros((1, 20), np.float32), tensor, activations="int8", threads=0)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        _core.kernels.linear(np.zeros((20, 2), np.float32).T, tensor, activations="int8")
