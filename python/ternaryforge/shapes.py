@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of well-known models, with random weights: for speed and memory without a download.
+
+    transformer = shapes.random_transformer("bitnet-2b-4t", threads=2)     # in memory, ready to run
+    architecture = shapes.read_shape("llama3-8b")                          # only the description
+
+Every shape is the config.json of a checkpoint in the stock packed form. The weights are random
+bits, so such a model computes as fast as a real one, and says nothing.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ternaryforge import _core
+from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.model import Activations, default_activations
+
+_CHUNK_WORDS = 1 << 17  # of random bits at once: 1 MB, which stays in the cache
+
+
+def _llama(**fields: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "bitnet"},
+    } | fields
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "bitnet-2b-4t": _llama(
+        architectures=["BitNetForCausalLM"],
+        model_type="bitnet",
+        vocab_size=128256,
+        hidden_size=2560,
+        intermediate_size=6912,
+        num_hidden_layers=30,
+        num_attention_heads=20,
+        num_key_value_heads=5,
+        hidden_act="relu2",
+        rope_theta=500000.0,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        quantization_config={
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+        },
+    ),
+    "falcon3-1b": _llama(
+        vocab_size=131072,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        rms_norm_eps=1e-6,
+        rope_theta=1000042.0,
+        max_position_embeddings=8192,
+    ),
+    "qwen3-1.7b": _llama(
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    ),
+    "llama3-8b": _llama(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        max_position_embeddings=8192,
+    ),
+    # The plain sizes of the literature: 1bitLLM's bitnet_b1_58-3B (without its sub-norms), Llama 2.
+    "3b": _llama(
+        vocab_size=32002,
+        hidden_size=3200,
+        intermediate_size=8640,
+        num_hidden_layers=26,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+    "7b": _llama(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "13b": _llama(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        max_position_embeddings=4096,
+    ),
+    "70b": _llama(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    ),
+}
+"""Name to config.json; names are those of `bench --shape` and `plan --shape`."""
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config.json of a shape, a copy. Raises ValueError for a name that is not in `SHAPES`."""
+    if name not in SHAPES:
+        raise ValueError(f"[shape] the shape must be one of {', '.join(SHAPES)}, got {name!r}")
+    return copy.deepcopy(dict(SHAPES[name]))
+
+
+def read_shape(name: str) -> Architecture:
+    """The description of a shape, as that of a checkpoint. Raises ValueError for an unknown name."""
+    return read_architecture(shape_config(name), where=name)
+
+
+def random_transformer(
+    name: str, *, threads: int | None = None, activations: Activations | None = None, seed: int = 0
+) -> _core.model.Transformer:
+    """A model of this shape with random ternary weights, in memory.
+
+    `activations` None is what the shape was made for. Raises ValueError for an unknown name.
+    """
+    architecture = read_shape(name)
+    return _core.model.Transformer(
+        architecture.spec,
+        random_weights(architecture, seed=seed),
+        activations=activations or default_activations(architecture.quantization),
+        threads=threads or _core.parallel.default_threads(),
+    )
+
+
+def random_weights(architecture: Architecture, *, seed: int = 0) -> dict[str, _core.formats.PackedTensor]:
+    """All weights by slot: linear layers in the run-time layout t16, so that nothing is repacked.
+
+    Norms are one, biases zero, embedding and head bfloat16. Raises ValueError for a linear layer
+    whose rows or columns are no multiple of 16, since random bits would fill its padding.
+    """
+    generator = np.random.SFC64(seed)
+    weights = {}
+    for slot, (rows, cols) in architecture.spec.slots().items():
+        if architecture.is_linear(slot):
+            if rows % 16 or cols % 16:
+                raise ValueError(f"[shape] rows and columns of '{slot}' must be multiples of 16, got {rows} x {cols}")
+            weights[slot] = _core.formats.PackedTensor(
+                "t16",
+                rows,
+                cols,
+                random_codes(generator, rows * cols // 4),
+                scale_kind="tensor",
+                scales=np.array([linear_scale(cols)], np.float32),
+            )
+        else:
+            weights[slot] = _core.formats.PackedTensor("bf16", rows, cols, dense_values(generator, slot, rows * cols))
+    return weights
+
+
+def linear_scale(cols: int) -> float:
+    """The scale with which random codes keep the variance of a vector of `cols` values."""
+    return math.sqrt(2 / cols)  # half of the codes are not zero
+
+
+def random_codes(generator: np.random.SFC64, size: int) -> NDArray[np.uint8]:
+    """Bytes of four two-bit codes each (code = trit + 1): half are 1, a quarter each 0 and 2."""
+    words = np.empty(-(-size // 8), np.uint64)
+    low_bits = np.uint64(0x5555555555555555)
+    for begin in range(0, words.size, _CHUNK_WORDS):
+        part = words[begin : begin + _CHUNK_WORDS]
+        part[:] = generator.random_raw(part.size)
+        # The code 3 stands for no trit; without its high bit it is 1.
+        part ^= (part & (part >> np.uint64(1)) & low_bits) << np.uint64(1)
+    return words.view(np.uint8)[:size]
+
+
+def dense_values(generator: np.random.SFC64, slot: str, size: int) -> NDArray[np.uint16]:
+    """Bits of bfloat16 for a slot that is no linear layer: ones, zeros, or random 2^-6 <= |x| < 2^-5."""
+    part = slot.rpartition(".")[2]
+    if part.endswith("_bias"):
+        return np.zeros(size, np.uint16)
+    if part.endswith("_norm"):
+        return np.full(size, 0x3F80, np.uint16)
+    words = np.empty(-(-size // 4), np.uint64)
+    sign_and_mantissa, exponent = np.uint64(0x807F807F807F807F), np.uint64(0x3C803C803C803C80)
+    for begin in range(0, words.size, _CHUNK_WORDS):
+        words[begin : begin + _CHUNK_WORDS] = generator.random_raw(min(_CHUNK_WORDS, words.size - begin))
+        words[begin : begin + _CHUNK_WORDS] &= sign_and_mantissa
+        words[begin : begin + _CHUNK_WORDS] |= exponent
+    return words.view(np.uint16)[:size]
