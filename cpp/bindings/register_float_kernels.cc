@@ -55,6 +55,27 @@ Floats PyRmsNorm(const py::array& x, const py::array& weight, float epsilon) {
   return out;
 }
 
+Floats PyLayerNorm(const py::array& x, const py::array& weight, const py::array& bias,
+                   float epsilon) {
+  const auto x_span = TakeFloats(x, kAnyRank, "layer_norm", "x");
+  const auto weight_span = TakeFloats(weight, 1, "layer_norm", "weight");
+  const auto bias_span = TakeFloats(bias, 1, "layer_norm", "bias");
+  const size_t size = RowSize(x, "layer_norm", "x");
+  Check(weight_span.size() == size && bias_span.size() == size,
+        "[layer_norm] weight and bias have the length of x's last axis, ", size, ", got ",
+        weight_span.size(), " and ", bias_span.size());
+  Floats out(ShapeOf(x));
+  const auto out_span = SpanOf(out);
+  {
+    py::gil_scoped_release unlocked;
+    for (size_t i = 0; i < x_span.size(); i += size) {
+      LayerNorm(x_span.data() + i, weight_span.data(), bias_span.data(), size, epsilon,
+                out_span.data() + i);
+    }
+  }
+  return out;
+}
+
 Floats PyRotateHalves(const py::array& heads, const py::array& cos, const py::array& sin) {
   const auto heads_span = TakeFloats(heads, kAnyRank, "rotate_halves", "heads");
   const auto cos_span = TakeFloats(cos, 1, "rotate_halves", "cos");
@@ -127,6 +148,14 @@ Floats PyGeluMultiply(const py::array& gate, const py::array& up) {
   return MapPairs(&GeluMultiply, gate, up, "gelu_multiply");
 }
 
+Floats PyReluMultiply(const py::array& gate, const py::array& up) {
+  return MapPairs(&ReluMultiply, gate, up, "relu_multiply");
+}
+
+Floats PyGeluErfMultiply(const py::array& gate, const py::array& up) {
+  return MapPairs(&GeluErfMultiply, gate, up, "gelu_erf_multiply");
+}
+
 // Keys and values in cache blocks that lie in memory in reverse order, with NaN wherever no token
 // is, so that attention has to follow the block pointers and must not read too far.
 class ReversedCache {
@@ -186,6 +215,9 @@ Floats PyAttendHead(const py::array& query, const py::array& keys, const py::arr
 void register_float_kernels(py::module_& kernels) {
   kernels.def("rms_norm", &PyRmsNorm, py::arg("x"), py::arg("weight"), py::arg("epsilon"),
               "x / sqrt(mean(x^2) + epsilon) * weight over the last axis.");
+  kernels.def("layer_norm", &PyLayerNorm, py::arg("x"), py::arg("weight"), py::arg("bias"),
+              py::arg("epsilon"),
+              "(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis.");
   kernels.def(
       "rotate_halves", &PyRotateHalves, py::arg("heads"), py::arg("cos"), py::arg("sin"),
       "Every head [..., 2 n] with pairs (i, n + i) rotated by the angles of cos and sin [n].");
@@ -193,6 +225,8 @@ void register_float_kernels(py::module_& kernels) {
   kernels.def("log_sum_exp", &PyLogSumExp, py::arg("x"), "log(sum(exp(x))) of a vector.");
   kernels.def("silu_multiply", &PySiluMultiply, py::arg("gate"), py::arg("up"),
               "gate / (1 + exp(-gate)) * up.");
+  kernels.def("relu_multiply", &PyReluMultiply, py::arg("gate"), py::arg("up"),
+              "max(gate, 0) * up.");
   kernels.def("relu_squared_multiply", &PyReluSquaredMultiply, py::arg("gate"), py::arg("up"),
               "max(gate, 0)^2 * up.");
   kernels.def(
@@ -202,6 +236,8 @@ void register_float_kernels(py::module_& kernels) {
       "tokens from `begin` on, scores s as soft_cap * tanh(s / soft_cap) unless that is 0.");
   kernels.def("gelu_multiply", &PyGeluMultiply, py::arg("gate"), py::arg("up"),
               "gelu(gate) * up, in the tanh form.");
+  kernels.def("gelu_erf_multiply", &PyGeluErfMultiply, py::arg("gate"), py::arg("up"),
+              "gelu(gate) * up, in the exact form.");
 }
 
 }  // namespace tf

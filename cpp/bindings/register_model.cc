@@ -24,9 +24,18 @@ namespace py = pybind11;
 
 Activation ActivationFromName(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
+  if (name == "relu") return Activation::kRelu;
   if (name == "relu2") return Activation::kReluSquared;
-  Check(name == "gelu", "[spec] activation is silu, relu2 or gelu, got '", name, "'");
-  return Activation::kGelu;
+  if (name == "gelu") return Activation::kGelu;
+  Check(name == "gelu_erf", "[spec] activation is silu, relu, relu2, gelu or gelu_erf, got '", name,
+        "'");
+  return Activation::kGeluErf;
+}
+
+NormKind NormKindFromName(const std::string& name) {
+  if (name == "rms") return NormKind::kRms;
+  Check(name == "layer", "[spec] norm is rms or layer, got '", name, "'");
+  return NormKind::kLayer;
 }
 
 LogitsWanted LogitsWantedFromName(const std::string& name) {
@@ -59,7 +68,8 @@ void register_model(py::module_& model) {
       .def(py::init([](size_t heads, size_t kv_heads, size_t head_dim, std::vector<float> rotation,
                        float rotation_scale, std::optional<float> attention_scale,
                        float attention_soft_cap, size_t window, size_t ffn_size,
-                       const std::string& activation, bool projection_bias, bool output_bias,
+                       const std::string& activation, bool gated, const std::string& norm,
+                       bool parallel, float residual_scale, bool projection_bias, bool output_bias,
                        bool ffn_bias, bool head_norms, bool sub_norms, bool post_norms) {
              return LayerSpec{
                  .heads = heads,
@@ -73,6 +83,10 @@ void register_model(py::module_& model) {
                  .window = window,
                  .ffn_size = ffn_size,
                  .activation = ActivationFromName(activation),
+                 .gated = gated,
+                 .norm = NormKindFromName(norm),
+                 .parallel = parallel,
+                 .residual_scale = residual_scale,
                  .projection_bias = projection_bias,
                  .output_bias = output_bias,
                  .ffn_bias = ffn_bias,
@@ -85,21 +99,36 @@ void register_model(py::module_& model) {
            py::arg("rotation"), py::arg("rotation_scale") = 1.0f,
            py::arg("attention_scale") = py::none(), py::arg("attention_soft_cap") = 0.0f,
            py::arg("window") = 0, py::arg("ffn_size"), py::arg("activation"),
-           py::arg("projection_bias") = false, py::arg("output_bias") = false,
-           py::arg("ffn_bias") = false, py::arg("head_norms") = false, py::arg("sub_norms") = false,
+           py::arg("gated") = true, py::arg("norm") = "rms", py::arg("parallel") = false,
+           py::arg("residual_scale") = 1.0f, py::arg("projection_bias") = false,
+           py::arg("output_bias") = false, py::arg("ffn_bias") = false,
+           py::arg("head_norms") = false, py::arg("sub_norms") = false,
            py::arg("post_norms") = false);
   py::class_<ModelSpec>(model, "ModelSpec", "A decoder as data.")
       .def(py::init([](size_t vocab_size, size_t hidden_size, size_t context_length,
                        float norm_epsilon, const std::vector<LayerSpec>& layers, bool tied_head,
-                       float embedding_scale, float norm_offset, float logit_soft_cap) {
-             ModelSpec spec{vocab_size, hidden_size,     context_length, norm_epsilon,  layers,
-                            tied_head,  embedding_scale, norm_offset,    logit_soft_cap};
+                       bool head_bias, float embedding_scale, bool position_embedding,
+                       float norm_offset, float logit_soft_cap) {
+             ModelSpec spec{
+                 .vocab_size = vocab_size,
+                 .hidden_size = hidden_size,
+                 .context_length = context_length,
+                 .norm_epsilon = norm_epsilon,
+                 .layers = layers,
+                 .tied_head = tied_head,
+                 .head_bias = head_bias,
+                 .embedding_scale = embedding_scale,
+                 .position_embedding = position_embedding,
+                 .norm_offset = norm_offset,
+                 .logit_soft_cap = logit_soft_cap,
+             };
              spec.Validate();
              return spec;
            }),
            py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"), py::arg("context_length"),
            py::arg("norm_epsilon"), py::arg("layers"), py::arg("tied_head"),
-           py::arg("embedding_scale") = 1.0f, py::arg("norm_offset") = 0.0f,
+           py::arg("head_bias") = false, py::arg("embedding_scale") = 1.0f,
+           py::arg("position_embedding") = false, py::arg("norm_offset") = 0.0f,
            py::arg("logit_soft_cap") = 0.0f)
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
       .def_readonly("hidden_size", &ModelSpec::hidden_size)

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/float16.h"
+#include "kernels/unpack.h"
 #include "simd/highway_targets.h"
 // After highway_targets.h
 #include "hwy/cache_control.h"
@@ -213,6 +214,9 @@ void CopyRow(const PackedTensor& weight, size_t row, float* out) {
       break;
     case Layout::kBf16:
       for (size_t col = 0; col < cols; ++col) out[col] = FloatFromBf16(half(col));
+      break;
+    case Layout::kT16:
+      CopyTernaryRow(weight, row, out);
       break;
     default: {
       const float scale = scales.effective[scales.kind == ScaleKind::kRow ? row : 0];

@@ -19,7 +19,8 @@ namespace tf {
 void DenseLinear(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
                  size_t row_begin, size_t row_end, float* out, size_t out_stride);
 
-// Copies row `row` of a f32, f16, bf16 or int8 matrix as floats: the embedding look-up.
+// Copies row `row` of a f32, f16, bf16, int8 or t16 matrix as floats, scales applied: the embedding
+// look-up.
 void CopyRow(const PackedTensor& weight, size_t row, float* out);
 
 }  // namespace tf

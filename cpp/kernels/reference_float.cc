@@ -72,6 +72,21 @@ void RmsNorm(const float* x, const float* weight, size_t size, float epsilon, do
   }
 }
 
+void LayerNorm(const float* x, const float* weight, const float* bias, size_t size, float epsilon,
+               double* out) {
+  const double count = static_cast<double>(size);
+  double mean = 0, variance = 0;
+  for (size_t i = 0; i < size; ++i) mean += static_cast<double>(x[i]) / count;
+  for (size_t i = 0; i < size; ++i) {
+    variance += std::pow(static_cast<double>(x[i]) - mean, 2) / count;
+  }
+  const double factor = 1.0 / std::sqrt(variance + static_cast<double>(epsilon));
+  for (size_t i = 0; i < size; ++i) {
+    out[i] = (static_cast<double>(x[i]) - mean) * factor * static_cast<double>(weight[i]) +
+             static_cast<double>(bias[i]);
+  }
+}
+
 void RotateHalves(const float* head, const float* cos, const float* sin, size_t half, double* out) {
   for (size_t i = 0; i < half; ++i) {
     const double a = static_cast<double>(head[i]);
@@ -103,6 +118,12 @@ void SiluMultiply(const float* gate, const float* up, size_t size, double* out) 
   }
 }
 
+void ReluMultiply(const float* gate, const float* up, size_t size, double* out) {
+  for (size_t i = 0; i < size; ++i) {
+    out[i] = std::max(static_cast<double>(gate[i]), 0.0) * static_cast<double>(up[i]);
+  }
+}
+
 void ReluSquaredMultiply(const float* gate, const float* up, size_t size, double* out) {
   for (size_t i = 0; i < size; ++i) {
     const double relu = std::max(static_cast<double>(gate[i]), 0.0);
@@ -116,6 +137,13 @@ void GeluMultiply(const float* gate, const float* up, size_t size, double* out) 
     const double x = static_cast<double>(gate[i]);
     out[i] = x * (1.0 + std::tanh(factor * (x + 0.044715 * x * x * x))) / 2.0 *
              static_cast<double>(up[i]);
+  }
+}
+
+void GeluErfMultiply(const float* gate, const float* up, size_t size, double* out) {
+  for (size_t i = 0; i < size; ++i) {
+    const double x = static_cast<double>(gate[i]);
+    out[i] = x * (1.0 + std::erf(x / std::numbers::sqrt2)) / 2.0 * static_cast<double>(up[i]);
   }
 }
 

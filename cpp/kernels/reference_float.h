@@ -18,6 +18,10 @@ void DenseLinear(const PackedTensor& weight, const float* x, size_t tokens, doub
 // out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i].
 void RmsNorm(const float* x, const float* weight, size_t size, float epsilon, double* out);
 
+// out[i] = (x[i] - m) / sqrt(mean((x - m)^2) + epsilon) * weight[i] + bias[i], m = mean(x).
+void LayerNorm(const float* x, const float* weight, const float* bias, size_t size, float epsilon,
+               double* out);
+
 // out = the head with pairs (i, half + i) rotated by the angles of cos and sin.
 void RotateHalves(const float* head, const float* cos, const float* sin, size_t half, double* out);
 
@@ -30,11 +34,17 @@ double LogSumExp(const float* x, size_t size);
 // out[i] = gate / (1 + exp(-gate)) * up.
 void SiluMultiply(const float* gate, const float* up, size_t size, double* out);
 
+// out[i] = max(gate, 0) * up.
+void ReluMultiply(const float* gate, const float* up, size_t size, double* out);
+
 // out[i] = max(gate, 0)^2 * up.
 void ReluSquaredMultiply(const float* gate, const float* up, size_t size, double* out);
 
 // out[i] = gate * (1 + tanh(sqrt(2 / pi) (gate + 0.044715 gate^3))) / 2 * up.
 void GeluMultiply(const float* gate, const float* up, size_t size, double* out);
+
+// out[i] = gate * (1 + erf(gate / sqrt(2))) / 2 * up.
+void GeluErfMultiply(const float* gate, const float* up, size_t size, double* out);
 
 // Attention of one head over keys and values [length, head_dim] without gaps; soft_cap 0 is none.
 void AttendHead(const float* query, const float* keys, const float* values, size_t head_dim,

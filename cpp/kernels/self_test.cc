@@ -165,7 +165,7 @@ void TestDenseLinear(Tester& test, size_t rows, size_t cols, size_t tokens) {
 }
 
 void TestVectors(Tester& test, size_t size) {
-  const std::vector<float> x = test.Floats(size), y = test.Floats(size);
+  const std::vector<float> x = test.Floats(size), y = test.Floats(size), z = test.Floats(size);
   std::vector<float> out(size);
   std::vector<double> expected(size);
   const auto compare = [&](std::string_view what) {
@@ -175,15 +175,24 @@ void TestVectors(Tester& test, size_t size) {
   RmsNorm(x.data(), y.data(), size, 1e-5f, out.data());
   reference::RmsNorm(x.data(), y.data(), size, 1e-5f, expected.data());
   compare("rms norm");
+  LayerNorm(x.data(), y.data(), z.data(), size, 1e-5f, out.data());
+  reference::LayerNorm(x.data(), y.data(), z.data(), size, 1e-5f, expected.data());
+  compare("layer norm");
   SiluMultiply(x.data(), y.data(), size, out.data());
   reference::SiluMultiply(x.data(), y.data(), size, expected.data());
   compare("silu");
+  ReluMultiply(x.data(), y.data(), size, out.data());
+  reference::ReluMultiply(x.data(), y.data(), size, expected.data());
+  compare("relu");
   ReluSquaredMultiply(x.data(), y.data(), size, out.data());
   reference::ReluSquaredMultiply(x.data(), y.data(), size, expected.data());
   compare("relu squared");
   GeluMultiply(x.data(), y.data(), size, out.data());
   reference::GeluMultiply(x.data(), y.data(), size, expected.data());
   compare("gelu");
+  GeluErfMultiply(x.data(), y.data(), size, out.data());
+  reference::GeluErfMultiply(x.data(), y.data(), size, expected.data());
+  compare("exact gelu");
   out = x;
   Softmax(out.data(), size);
   reference::Softmax(x.data(), size, expected.data());

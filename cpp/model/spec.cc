@@ -9,36 +9,42 @@
 namespace tf {
 
 std::vector<Slot> ModelSpec::Slots() const {
-  std::vector<Slot> slots = {{"embedding", vocab_size, hidden_size},
-                             {"final_norm", 1, hidden_size}};
+  std::vector<Slot> slots = {{"embedding", vocab_size, hidden_size}};
+  const auto add_norm = [&](const std::string& name, size_t size, NormKind kind) {
+    slots.push_back({name, 1, size});
+    if (kind == NormKind::kLayer) slots.push_back({name + "_bias", 1, size});
+  };
+  add_norm("final_norm", hidden_size, FinalNorm());
   if (!tied_head) slots.push_back({"head", vocab_size, hidden_size});
+  if (head_bias) slots.push_back({"head_bias", 1, vocab_size});
+  if (position_embedding) slots.push_back({"position_embedding", context_length, hidden_size});
   for (size_t i = 0; i < layers.size(); ++i) {
     const LayerSpec& layer = layers[i];
     const std::string prefix = StrCat("layers.", i, ".");
     const size_t query_size = layer.heads * layer.head_dim;
     const size_t kv_size = layer.kv_heads * layer.head_dim;
-    const auto vector = [&](bool present, const char* name, size_t size) {
-      if (present) slots.push_back({prefix + name, 1, size});
+    const auto norm = [&](bool present, const char* name, size_t size) {
+      if (present) add_norm(prefix + name, size, layer.norm);
     };
     const auto matrix = [&](const char* name, size_t rows, size_t cols, bool bias) {
       slots.push_back({prefix + name, rows, cols});
       if (bias) slots.push_back({prefix + name + "_bias", 1, rows});
     };
-    vector(true, "attention_norm", hidden_size);
+    norm(true, "attention_norm", hidden_size);
     matrix("query", query_size, hidden_size, layer.projection_bias);
     matrix("key", kv_size, hidden_size, layer.projection_bias);
     matrix("value", kv_size, hidden_size, layer.projection_bias);
-    vector(layer.head_norms, "query_norm", layer.head_dim);
-    vector(layer.head_norms, "key_norm", layer.head_dim);
-    vector(layer.sub_norms, "attention_sub_norm", query_size);
+    norm(layer.head_norms, "query_norm", layer.head_dim);
+    norm(layer.head_norms, "key_norm", layer.head_dim);
+    norm(layer.sub_norms, "attention_sub_norm", query_size);
     matrix("output", hidden_size, query_size, layer.output_bias);
-    vector(layer.post_norms, "attention_post_norm", hidden_size);
-    vector(true, "ffn_norm", hidden_size);
-    matrix("gate", layer.ffn_size, hidden_size, layer.ffn_bias);
+    norm(layer.post_norms, "attention_post_norm", hidden_size);
+    norm(!layer.parallel, "ffn_norm", hidden_size);
+    if (layer.gated) matrix("gate", layer.ffn_size, hidden_size, layer.ffn_bias);
     matrix("up", layer.ffn_size, hidden_size, layer.ffn_bias);
-    vector(layer.sub_norms, "ffn_sub_norm", layer.ffn_size);
+    norm(layer.sub_norms, "ffn_sub_norm", layer.ffn_size);
     matrix("down", hidden_size, layer.ffn_size, layer.ffn_bias);
-    vector(layer.post_norms, "ffn_post_norm", hidden_size);
+    norm(layer.post_norms, "ffn_post_norm", hidden_size);
   }
   return slots;
 }
@@ -79,6 +85,7 @@ void ModelSpec::Validate() const {
       Check(std::isfinite(frequency), "[spec] ", where, "rotation is finite, got ", frequency);
     }
     check_positive(where + "rotation_scale", layer.rotation_scale);
+    check_positive(where + "residual_scale", layer.residual_scale);
     check_positive(where + "attention_scale", layer.attention_scale);
     Check(std::isfinite(layer.attention_soft_cap) && layer.attention_soft_cap >= 0, "[spec] ",
           where, "attention_soft_cap is 0 or more, got ", layer.attention_soft_cap);

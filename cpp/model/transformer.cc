@@ -37,19 +37,23 @@ size_t KvSize(const LayerSpec& layer) { return layer.kv_heads * layer.head_dim; 
 size_t FfnSize(const LayerSpec& layer) { return layer.ffn_size; }
 size_t HeadDim(const LayerSpec& layer) { return layer.head_dim; }
 
-void Add(const float* delta, size_t size, float* x) {
-  for (size_t i = 0; i < size; ++i) x[i] += delta[i];
+void Add(const float* delta, float scale, size_t size, float* x) {
+  for (size_t i = 0; i < size; ++i) x[i] += scale * delta[i];
 }
 
 // A bias may be empty.
-void AddBias(const AlignedArray<float>& bias, float* x) { Add(bias.data(), bias.size(), x); }
+void AddBias(const AlignedArray<float>& bias, float* x) { Add(bias.data(), 1, bias.size(), x); }
 
 auto FunctionOf(Activation activation) {
   switch (activation) {
+    case Activation::kRelu:
+      return ReluMultiply;
     case Activation::kReluSquared:
       return ReluSquaredMultiply;
     case Activation::kGelu:
       return GeluMultiply;
+    case Activation::kGeluErf:
+      return GeluErfMultiply;
     default:
       return SiluMultiply;
   }
@@ -74,10 +78,12 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
       value_(kMaxTokens, Largest(spec_, KvSize)),
       gate_(kMaxTokens, Largest(spec_, FfnSize)),
       up_(kMaxTokens, Largest(spec_, FfnSize)),
+      ones_(Largest(spec_, FfnSize)),
       delta_(kMaxTokens, spec_.hidden_size),
       angles_(kMaxTokens, Largest(spec_, HeadDim)),
       input_(kMaxTokens,
              std::max({spec_.hidden_size, Largest(spec_, QuerySize), Largest(spec_, FfnSize)})) {
+  std::fill_n(ones_.data(), ones_.size(), 1.0f);
   for (size_t i = 0; i < threads; ++i) scores_.emplace_back(spec_.context_length);
 }
 
@@ -135,14 +141,20 @@ void Transformer::RunSlice(std::span<const Position> slice) {
   const Team team(std::clamp<size_t>(work / kWorkPerWorker, 1, team_.threads()));
   team.Run([&](Worker& worker) {
     const Range share = worker.Share(slice.size());
-    for (size_t t = share.begin; t < share.end; ++t) {
-      CopyRow(weights_.embedding, static_cast<size_t>(slice[t].token), hidden_[t]);
-      if (spec_.embedding_scale == 1.0f) continue;
-      for (size_t i = 0; i < spec_.hidden_size; ++i) hidden_[t][i] *= spec_.embedding_scale;
-    }
+    for (size_t t = share.begin; t < share.end; ++t) Embed(slice[t], t);
     for (size_t layer = 0; layer < spec_.layers.size(); ++layer) RunLayer(worker, layer, slice);
     RunHead(worker, slice);
   });
+}
+
+// Starts the residual stream of one token.
+void Transformer::Embed(const Position& position, size_t row) {
+  const std::span<float> hidden(hidden_[row], spec_.hidden_size);
+  CopyRow(weights_.embedding, static_cast<size_t>(position.token), hidden.data());
+  for (float& value : hidden) value *= spec_.embedding_scale;
+  if (!spec_.position_embedding) return;
+  CopyRow(weights_.position_embedding, position.position, delta_[row]);
+  Add(delta_[row], 1, hidden.size(), hidden.data());
 }
 
 // Makes row `token` of the input ready for linear layers.
@@ -150,9 +162,15 @@ void Transformer::Prepare(size_t token, size_t cols) {
   if (mode_ == ActivationMode::kInt8) input_.Quantize(token, cols);
 }
 
-// `weight` may be empty: no norm.
-void Transformer::Norm(const AlignedArray<float>& weight, const float* x, float* out) const {
-  if (weight.size() != 0) RmsNorm(x, weight.data(), weight.size(), spec_.norm_epsilon, out);
+// The weights may be empty: no norm.
+void Transformer::Norm(const NormWeights& weights, const float* x, float* out) const {
+  const AlignedArray<float>&weight = weights.weight, &bias = weights.bias;
+  if (weight.size() == 0) return;
+  if (bias.size() == 0) {
+    RmsNorm(x, weight.data(), weight.size(), spec_.norm_epsilon, out);
+  } else {
+    LayerNorm(x, weight.data(), bias.data(), weight.size(), spec_.norm_epsilon, out);
+  }
 }
 
 // Enters and leaves with every worker owning its share of the tokens' hidden rows.
@@ -170,9 +188,12 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Prepare(t, hidden);
   }
   worker.Barrier();
-  const LinearJob projections[] = {job(weights.query, query_), job(weights.key, key_),
-                                   job(weights.value, value_)};
-  RunLinears(worker, projections, input_, tokens, mode_);
+  const LinearJob jobs[] = {job(weights.query, query_), job(weights.key, key_),
+                            job(weights.value, value_), job(weights.up, up_),
+                            job(weights.gate, gate_)};
+  const size_t ffn_jobs = layer.gated ? 2 : 1;
+  RunLinears(worker, std::span(jobs).first(layer.parallel ? 3 + ffn_jobs : 3), input_, tokens,
+             mode_);
   worker.Barrier();
   for (size_t t = share.begin; t < share.end; ++t) FinishProjections(index, slice[t], t);
   worker.Barrier();
@@ -189,19 +210,25 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.output.bias, delta_[t]);
     Norm(weights.attention_post_norm, delta_[t], delta_[t]);
-    Add(delta_[t], hidden, hidden_[t]);
+    Add(delta_[t], layer.residual_scale, hidden, hidden_[t]);
+    if (layer.parallel) continue;
     Norm(weights.ffn_norm, hidden_[t], input_.Row(t));
     Prepare(t, hidden);
   }
-  worker.Barrier();
-  const LinearJob gate_up[] = {job(weights.gate, gate_), job(weights.up, up_)};
-  RunLinears(worker, gate_up, input_, tokens, mode_);
-  worker.Barrier();
+  if (!layer.parallel) {
+    worker.Barrier();
+    RunLinears(worker, std::span(jobs).subspan(3, ffn_jobs), input_, tokens, mode_);
+    worker.Barrier();
+  }
   const auto activate = FunctionOf(layer.activation);
   for (size_t t = share.begin; t < share.end; ++t) {
-    AddBias(weights.gate.bias, gate_[t]);
     AddBias(weights.up.bias, up_[t]);
-    activate(gate_[t], up_[t], layer.ffn_size, input_.Row(t));
+    if (layer.gated) {
+      AddBias(weights.gate.bias, gate_[t]);
+      activate(gate_[t], up_[t], layer.ffn_size, input_.Row(t));
+    } else {
+      activate(up_[t], ones_.data(), layer.ffn_size, input_.Row(t));
+    }
     Norm(weights.ffn_sub_norm, input_.Row(t), input_.Row(t));
     Prepare(t, layer.ffn_size);
   }
@@ -212,7 +239,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.down.bias, delta_[t]);
     Norm(weights.ffn_post_norm, delta_[t], delta_[t]);
-    Add(delta_[t], hidden, hidden_[t]);
+    Add(delta_[t], layer.residual_scale, hidden, hidden_[t]);
   }
 }
 
@@ -278,8 +305,8 @@ void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
     if (slice[t].logits == nullptr) continue;
     const Range share = worker.Share(slice.size());
     if (share.begin <= t && t < share.end) {
-      RmsNorm(hidden_[t], weights_.final_norm.data(), spec_.hidden_size, spec_.norm_epsilon,
-              input_.Row(rows));
+      Norm(weights_.final_norm, hidden_[t], input_.Row(rows));
+      if (weights_.head.alphabet() == Alphabet::kTrit) Prepare(rows, spec_.hidden_size);
     }
     ++rows;
   }
@@ -290,6 +317,13 @@ void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
                                   [](const Position& p) { return p.logits != nullptr; });
   const LinearJob head[] = {{&weights_.head, first->logits, spec_.vocab_size}};
   RunLinears(worker, head, input_, rows, mode_);
+  if (spec_.head_bias) {
+    worker.Barrier();
+    const Range share = worker.Share(rows);
+    for (size_t row = share.begin; row < share.end; ++row) {
+      AddBias(weights_.head_bias, first->logits + row * spec_.vocab_size);
+    }
+  }
   if (spec_.logit_soft_cap == 0.0f) return;
   worker.Barrier();
   const Range share = worker.Share(rows * spec_.vocab_size);

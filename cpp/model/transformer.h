@@ -77,7 +77,8 @@ class Transformer {
   void RunAttention(Worker& worker, size_t index, std::span<const Position> slice);
   void RunHead(Worker& worker, std::span<const Position> slice);
   void FinishProjections(size_t index, const Position& position, size_t row);
-  void Norm(const AlignedArray<float>& weight, const float* x, float* out) const;
+  void Embed(const Position& position, size_t row);
+  void Norm(const NormWeights& weights, const float* x, float* out) const;
   void Prepare(size_t token, size_t cols);
 
   ModelSpec spec_;
@@ -97,6 +98,7 @@ class Transformer {
   Rows hidden_;  // the residual stream
   Rows query_, key_, value_;
   Rows gate_, up_;
+  AlignedArray<float> ones_;                 // the other half of a feed-forward that is not gated
   Rows delta_;                               // what a layer half adds to the residual stream
   Rows angles_;                              // cosines, then sines, of one token's rotation
   LinearInput input_;                        // the input of the next linear layers

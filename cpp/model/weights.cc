@@ -14,7 +14,7 @@ namespace {
 
 std::array<const PackedTensor*, 7> Matrices(const LayerWeights& layer) {
   return {&layer.query.weight, &layer.key.weight, &layer.value.weight, &layer.output.weight,
-          &layer.gate.weight,  &layer.up.weight,  &layer.down.weight};
+          &layer.gate.weight,  &layer.up.weight,  &layer.down.weight};  // gate may be empty
 }
 
 class Taker {
@@ -36,24 +36,22 @@ class Taker {
         StrCat("[model] no part of the model takes the weight '", tensors_.begin()->first, "'"));
   }
 
-  Linear TakeLinear(const std::string& name, bool bias) {
-    Linear linear;
-    linear.weight = std::move(tensors_.at(name));
-    if (linear.weight.alphabet() == Alphabet::kTrit) {
-      try {
-        linear.weight = RepackT16(linear.weight, team_);
-      } catch (const FormatError& error) {
-        throw FormatError(StrCat("[model] weight '", name, "': ", error.what()));
-      }
+  // Ternary matrices become run-time tiles; others stay as they are.
+  PackedTensor Matrix(const std::string& name) {
+    PackedTensor tensor = std::move(tensors_.at(name));
+    if (tensor.alphabet() != Alphabet::kTrit) return tensor;
+    try {
+      return RepackT16(tensor, team_);
+    } catch (const FormatError& error) {
+      throw FormatError(StrCat("[model] weight '", name, "': ", error.what()));
     }
-    if (bias) linear.bias = Vector(name + "_bias");
-    return linear;
   }
 
-  PackedTensor Table(const std::string& name) {
-    PackedTensor tensor = std::move(tensors_.at(name));
-    Check(tensor.alphabet() != Alphabet::kTrit, "[model] '", name, "' cannot be ternary yet");
-    return tensor;
+  Linear TakeLinear(const std::string& name, bool bias) {
+    Linear linear;
+    linear.weight = Matrix(name);
+    if (bias) linear.bias = Vector(name + "_bias");
+    return linear;
   }
 
   AlignedArray<float> Vector(const std::string& name) {
@@ -64,10 +62,11 @@ class Taker {
     return values;
   }
 
-  AlignedArray<float> Norm(const std::string& name, float offset) {
-    AlignedArray<float> values = Vector(name);
-    for (float& value : values.span()) value += offset;
-    return values;
+  NormWeights TakeNorm(const std::string& name, NormKind kind, float offset) {
+    NormWeights norm{Vector(name), {}};
+    for (float& value : norm.weight.span()) value += offset;
+    if (kind == NormKind::kLayer) norm.bias = Vector(name + "_bias");
+    return norm;
   }
 
  private:
@@ -78,7 +77,7 @@ class Taker {
 }  // namespace
 
 size_t ModelWeights::Bytes() const {
-  size_t bytes = embedding.bytes().size();
+  size_t bytes = embedding.bytes().size() + position_embedding.bytes().size();
   if (head.bytes().data() != embedding.bytes().data()) bytes += head.bytes().size();
   for (const LayerWeights& layer : layers) {
     for (const PackedTensor* matrix : Matrices(layer)) bytes += matrix->bytes().size();
@@ -99,9 +98,11 @@ ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTens
                          const Team& team) {
   Taker taker(spec, std::move(tensors), team);
   ModelWeights weights;
-  weights.embedding = taker.Table("embedding");
-  weights.head = spec.tied_head ? weights.embedding : taker.Table("head");
-  weights.final_norm = taker.Norm("final_norm", spec.norm_offset);
+  weights.embedding = taker.Matrix("embedding");
+  if (spec.position_embedding) weights.position_embedding = taker.Matrix("position_embedding");
+  weights.head = spec.tied_head ? weights.embedding : taker.Matrix("head");
+  if (spec.head_bias) weights.head_bias = taker.Vector("head_bias");
+  weights.final_norm = taker.TakeNorm("final_norm", spec.FinalNorm(), spec.norm_offset);
   for (size_t i = 0; i < spec.layers.size(); ++i) {
     const LayerSpec& layer = spec.layers[i];
     const std::string prefix = StrCat("layers.", i, ".");
@@ -109,7 +110,7 @@ ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTens
       return taker.TakeLinear(prefix + name, bias);
     };
     const auto norm = [&](const char* name, bool present) {
-      return present ? taker.Norm(prefix + name, spec.norm_offset) : AlignedArray<float>();
+      return present ? taker.TakeNorm(prefix + name, layer.norm, spec.norm_offset) : NormWeights();
     };
     weights.layers.push_back({
         .attention_norm = norm("attention_norm", true),
@@ -121,8 +122,8 @@ ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTens
         .attention_sub_norm = norm("attention_sub_norm", layer.sub_norms),
         .output = linear("output", layer.output_bias),
         .attention_post_norm = norm("attention_post_norm", layer.post_norms),
-        .ffn_norm = norm("ffn_norm", true),
-        .gate = linear("gate", layer.ffn_bias),
+        .ffn_norm = norm("ffn_norm", !layer.parallel),
+        .gate = layer.gated ? linear("gate", layer.ffn_bias) : Linear(),
         .up = linear("up", layer.ffn_bias),
         .ffn_sub_norm = norm("ffn_sub_norm", layer.sub_norms),
         .down = linear("down", layer.ffn_bias),

@@ -19,25 +19,35 @@ struct Linear {
   AlignedArray<float> bias;
 };
 
-// The norms that a layer does not have are empty.
-struct LayerWeights {
-  AlignedArray<float> attention_norm;
-  Linear query, key, value;
-  AlignedArray<float> query_norm, key_norm;
-  AlignedArray<float> attention_sub_norm;
-  Linear output;
-  AlignedArray<float> attention_post_norm;
-  AlignedArray<float> ffn_norm;
-  Linear gate, up;
-  AlignedArray<float> ffn_sub_norm;
-  Linear down;
-  AlignedArray<float> ffn_post_norm;
+// A norm: LayerNorm where it has a bias, else RMSNorm.
+struct NormWeights {
+  AlignedArray<float> weight;
+  AlignedArray<float> bias;
 };
 
+// The norms and linear layers that a layer does not have are empty.
+struct LayerWeights {
+  NormWeights attention_norm;
+  Linear query, key, value;
+  NormWeights query_norm, key_norm;
+  NormWeights attention_sub_norm;
+  Linear output;
+  NormWeights attention_post_norm;
+  NormWeights ffn_norm;
+  Linear gate, up;
+  NormWeights ffn_sub_norm;
+  Linear down;
+  NormWeights ffn_post_norm;
+};
+
+// Embeddings and head may be of any alphabet. Ternary ones lie in run-time tiles: those of a tied
+// embedding serve both the look-up of rows and the product with the head.
 struct ModelWeights {
   PackedTensor embedding;
-  PackedTensor head;  // the embedding where the head is tied
-  AlignedArray<float> final_norm;
+  PackedTensor position_embedding;  // may be empty
+  PackedTensor head;                // the embedding where the head is tied
+  AlignedArray<float> head_bias;
+  NormWeights final_norm;
   std::vector<LayerWeights> layers;
 
   // Bytes of all matrices, each counted once.
@@ -48,7 +58,7 @@ struct ModelWeights {
 
 // Takes every slot of `spec` out of `tensors` and repacks ternary matrices into run-time tiles.
 // Throws std::invalid_argument that names the slot which is missing, misshapen, left over or of an
-// alphabet that the model cannot use there (norms, embedding and head are floats or int8).
+// alphabet that the model cannot use there (norms and biases are floats).
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
                          const Team& team);
 

@@ -79,6 +79,8 @@ class kernels:
     @staticmethod
     def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float32: ...
     @staticmethod
+    def layer_norm(x: Float32, weight: Float32, bias: Float32, epsilon: float) -> Float32: ...
+    @staticmethod
     def rotate_halves(heads: Float32, cos: Float32, sin: Float32) -> Float32: ...
     @staticmethod
     def softmax(x: Float32) -> Float32: ...
@@ -87,9 +89,13 @@ class kernels:
     @staticmethod
     def silu_multiply(gate: Float32, up: Float32) -> Float32: ...
     @staticmethod
+    def relu_multiply(gate: Float32, up: Float32) -> Float32: ...
+    @staticmethod
     def relu_squared_multiply(gate: Float32, up: Float32) -> Float32: ...
     @staticmethod
     def gelu_multiply(gate: Float32, up: Float32) -> Float32: ...
+    @staticmethod
+    def gelu_erf_multiply(gate: Float32, up: Float32) -> Float32: ...
     @staticmethod
     def attend_head(
         query: Float32, keys: Float32, values: Float32, scale: float, *, begin: int = 0, soft_cap: float = 0.0
@@ -120,13 +126,17 @@ class model:
             heads: int,
             kv_heads: int,
             head_dim: int,
-            rotation: Sequence[float],  # angle of pair i at position p: p * rotation[i]; at most head_dim / 2 pairs
+            rotation: Sequence[float],  # angle of pair i at position p: p * rotation[i]; 0 .. head_dim / 2 pairs
             rotation_scale: float = 1.0,
             attention_scale: float | None = None,  # None: 1 / sqrt(head_dim)
             attention_soft_cap: float = 0.0,
             window: int = 0,
             ffn_size: int,
-            activation: Literal["silu", "relu2", "gelu"],
+            activation: Literal["silu", "relu", "relu2", "gelu", "gelu_erf"],  # gelu: the tanh form
+            gated: bool = True,  # False: down(act(up(x))), no slot gate
+            norm: Literal["rms", "layer"] = "rms",  # "layer": LayerNorm, a slot *_bias for every norm
+            parallel: bool = False,  # attention and feed-forward both see attention_norm(x), no slot ffn_norm
+            residual_scale: float = 1.0,  # of what each half adds to the residual stream, after the post norm
             projection_bias: bool = False,
             output_bias: bool = False,
             ffn_bias: bool = False,
@@ -145,7 +155,9 @@ class model:
             norm_epsilon: float,
             layers: Sequence[model.LayerSpec],
             tied_head: bool,
+            head_bias: bool = False,
             embedding_scale: float = 1.0,
+            position_embedding: bool = False,  # learned rows per position, added to the scaled embedding
             norm_offset: float = 0.0,
             logit_soft_cap: float = 0.0,
         ) -> None: ...
@@ -153,10 +165,13 @@ class model:
         hidden_size: int
         context_length: int
         def slots(self) -> dict[str, tuple[int, int]]: ...
-        # every weight by name with its shape (rows, cols), vectors as (1, size): embedding, final_norm, head (absent
-        # when tied), and layers.{i}. + attention_norm query key value output ffn_norm gate up down, and where the layer
-        # has them *_bias of each linear, query_norm key_norm attention_sub_norm ffn_sub_norm attention_post_norm
-        # ffn_post_norm
+        # every weight by name with its shape (rows, cols), vectors as (1, size): embedding, final_norm (of the last
+        # layer's kind), head (absent when tied), where the model has them head_bias and position_embedding
+        # (context_length, hidden_size), and layers.{i}. + attention_norm query key value output ffn_norm gate up down,
+        # and where the layer has them *_bias of each linear, query_norm key_norm attention_sub_norm ffn_sub_norm
+        # attention_post_norm ffn_post_norm; every LayerNorm has a *_bias too
+        # norms and biases are floats; every matrix, embeddings and head included, may be f32, f16, bf16, int8 (tensor
+        # or row scales) or ternary (any scales)
 
     class SequenceState:
         length: int

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated activations against their formulas in float64."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.usefixtures("target")
 silu_multiply = _core.kernels.silu_multiply
 relu_squared_multiply = _core.kernels.relu_squared_multiply
 gelu_multiply = _core.kernels.gelu_multiply
+relu_multiply = _core.kernels.relu_multiply
+gelu_erf_multiply = _core.kernels.gelu_erf_multiply
 
 Kernel = Callable[[Float32, Float32], Float32]
 
@@ -32,8 +35,15 @@ def gelu_witness(gate: Float32, up: Float32) -> np.ndarray:
     return 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))) * up
 
 
+def gelu_erf_witness(gate: Float32, up: Float32) -> np.ndarray:
+    wide = gate.astype(np.float64)
+    return 0.5 * wide * np.vectorize(math.erfc)(-wide / np.sqrt(2)) * up
+
+
 KERNELS = pytest.mark.parametrize(
-    "kernel", [silu_multiply, relu_squared_multiply, gelu_multiply], ids=["silu", "relu_squared", "gelu"]
+    "kernel",
+    [silu_multiply, relu_multiply, relu_squared_multiply, gelu_multiply, gelu_erf_multiply],
+    ids=["silu", "relu", "relu_squared", "gelu", "gelu_erf"],
 )
 
 
@@ -49,6 +59,23 @@ def test_match_the_formulas(size: int) -> None:
         np.testing.assert_allclose(out, relu_squared_witness(gate, up), rtol=3e-7)
         out = gelu_multiply(poisoned(gate, offset), poisoned(up, offset))
         np.testing.assert_allclose(out, gelu_witness(gate, up), rtol=1e-6, atol=1e-6)
+        out = gelu_erf_multiply(poisoned(gate, offset), poisoned(up, offset))
+        np.testing.assert_allclose(out, gelu_erf_witness(gate, up), rtol=1e-6, atol=1e-6)
+        out = relu_multiply(poisoned(gate, offset), poisoned(up, offset))
+        np.testing.assert_array_equal(out, np.maximum(gate, 0) * up)
+
+
+def test_exact_gelu_everywhere() -> None:
+    gate = np.linspace(-15, 15, 200_001).astype(np.float32)
+    ones = np.ones_like(gate)
+    expected = gelu_erf_witness(gate, ones)
+    out = gelu_erf_multiply(gate, ones)
+    assert (np.abs(out - expected) <= 4e-7 * np.abs(gate)).all()
+    tail = gate < -1
+    np.testing.assert_allclose(out[tail & (gate > -12)], expected[tail & (gate > -12)], rtol=2e-5)
+    extreme = np.array([-3e38, -1e4, -0.0, 0.0, 1e-30, 1e4, 3e38], np.float32)
+    out = gelu_erf_multiply(extreme, np.ones_like(extreme))
+    np.testing.assert_allclose(out, [0, 0, 0, 0, 5e-31, 1e4, 3e38], rtol=1e-7)
 
 
 def test_silu_of_extreme_gates() -> None:

@@ -9,6 +9,7 @@ from ternaryforge import _core
 
 pytestmark = pytest.mark.usefixtures("target")
 rms_norm = _core.kernels.rms_norm
+layer_norm = _core.kernels.layer_norm
 
 
 def witness(x: Float32, weight: Float32, epsilon: float) -> np.ndarray:
@@ -79,3 +80,44 @@ def test_refuses_what_it_cannot_take() -> None:
     unaligned = np.zeros(33, np.uint8)[1:].view(np.float32)
     with pytest.raises(ValueError, match="aligned"):
         rms_norm(unaligned, weight, 1e-5)
+
+
+def layer_norm_witness(x: Float32, weight: Float32, bias: Float32, epsilon: float) -> np.ndarray:
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return centred / np.sqrt(wide.var(-1, keepdims=True) + epsilon) * weight + bias
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_layer_norm_matches_the_formula(size: int) -> None:
+    rng = np.random.default_rng(size)
+    x = rng.standard_normal((5, size), np.float32) + np.float32(20)  # a mean that must be taken away first
+    weight, bias = rng.standard_normal((2, size), np.float32)
+    for offset in OFFSETS:
+        out = layer_norm(poisoned(x, offset), poisoned(weight, offset), poisoned(bias, offset), 1e-5)
+        np.testing.assert_allclose(out, layer_norm_witness(x, weight, bias, 1e-5), rtol=2e-5, atol=2e-5)
+        x = x - x.mean(-1, keepdims=True)
+        out = layer_norm(x, weight, bias, 1e-5)
+        np.testing.assert_allclose(out, layer_norm_witness(x, weight, bias, 1e-5), rtol=3e-6, atol=3e-6)
+
+
+def test_layer_norm_of_a_constant_row_is_the_bias() -> None:
+    bias = np.arange(33, dtype=np.float32)
+    out = layer_norm(np.full((2, 33), 7, np.float32), np.ones(33, np.float32), bias, 1e-5)
+    np.testing.assert_array_equal(out, [bias, bias])
+
+
+def test_layer_norm_on_targets_agrees_to_the_last_bit() -> None:
+    rng = np.random.default_rng(4)
+    for size in SIZES:
+        x = rng.standard_normal((3, size), np.float32)
+        weight, bias = rng.standard_normal((2, size), np.float32)
+        assert_targets_agree(lambda x=x, weight=weight, bias=bias: layer_norm(x, weight, bias, 1e-5))
+
+
+def test_layer_norm_refuses_other_lengths() -> None:
+    x, weight = np.ones((2, 8), np.float32), np.ones(8, np.float32)
+    with pytest.raises(ValueError, match=r"\[layer_norm\] weight and bias have .* 8, got 8 and 7"):
+        layer_norm(x, weight, weight[:7], 1e-5)
+    with pytest.raises(TypeError, match=r"\[layer_norm\] bias has dtype float32, got int32"):
+        layer_norm(x, weight, weight.astype(np.int32), 1e-5)
