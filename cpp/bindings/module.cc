@@ -21,6 +21,7 @@ PYBIND11_MODULE(_core, m) {
   auto kernels = m.def_submodule("kernels", "Arithmetic");
   tf::register_kernels(kernels);
   tf::register_float_kernels(kernels);
+  tf::register_machine_limits(kernels);
   auto quant = m.def_submodule("quant", "Quantizers");
   tf::register_quant(quant);
   auto model = m.def_submodule("model", "The decoder");

@@ -25,6 +25,8 @@ void register_simd(pybind11::module_& module) {
       "Uses another target, in the whole process.");
   module.def("dispatched_target", &simd::DispatchedTarget,
              "The target that dispatch really reaches.");
+  module.def("compiler", &simd::CompilerVersion, "What the kernels were compiled with.");
+  module.def("highway_version", &simd::HighwayVersion, "The Highway in the kernels.");
 }
 
 }  // namespace tf

@@ -158,5 +158,17 @@ std::string DispatchedTarget() {
   return "none";
 }
 
+std::string CompilerVersion() {
+#if defined(__clang__)
+  return StrCat("clang ", __clang_major__, ".", __clang_minor__, ".", __clang_patchlevel__);
+#elif defined(__GNUC__)
+  return StrCat("g++ ", __GNUC__, ".", __GNUC_MINOR__, ".", __GNUC_PATCHLEVEL__);
+#else
+  return "unknown";
+#endif
+}
+
+std::string HighwayVersion() { return StrCat(HWY_MAJOR, ".", HWY_MINOR, ".", HWY_PATCH); }
+
 }  // namespace tf::simd
 #endif  // HWY_ONCE

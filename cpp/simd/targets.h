@@ -41,4 +41,8 @@ DotKind ActiveDot();
 // is broken.
 std::string DispatchedTarget();
 
+// What the kernels were compiled with: "g++ 12.2.0", "1.0.3".
+std::string CompilerVersion();
+std::string HighwayVersion();
+
 }  // namespace tf::simd
