@@ -61,6 +61,15 @@ py::array_t<float> Forward(Transformer& transformer,
   return out;
 }
 
+py::dict PartSeconds(Transformer& transformer) {
+  py::dict seconds;
+  seconds["matmul"] = transformer.SecondsOf(Part::kMatmul);
+  seconds["head"] = transformer.SecondsOf(Part::kHead);
+  seconds["attention"] = transformer.SecondsOf(Part::kAttention);
+  seconds["rest"] = transformer.SecondsOf(Part::kRest);
+  return seconds;
+}
+
 }  // namespace
 
 void register_model(py::module_& model) {
@@ -161,7 +170,14 @@ void register_model(py::module_& model) {
       .def_property_readonly("activations",
                              [](const Transformer& t) { return ActivationModeName(t.mode()); })
       .def_property_readonly("weight_bytes", &Transformer::weight_bytes)
+      .def_property_readonly("token_bytes", &Transformer::token_bytes)
+      .def_property_readonly("kv_bytes_per_token", &Transformer::kv_bytes_per_token)
+      .def_property_readonly("layout", [](const Transformer& t) { return std::string(t.layout()); })
       .def("new_sequence", &Transformer::NewSequence)
+      .def("time_parts", &Transformer::TimeParts, py::arg("on"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Starts, from zero, or ends adding up where the time of forward passes goes.")
+      .def("part_seconds", &PartSeconds, "Seconds since time_parts by part of the forward pass.")
       .def("forward", &Forward, py::arg("batch"), py::kw_only(), py::arg("logits") = "last",
            "Appends tokens to sequences; logits [sequences or tokens, vocab].");
 }

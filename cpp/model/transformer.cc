@@ -87,6 +87,22 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
   for (size_t i = 0; i < threads; ++i) scores_.emplace_back(spec_.context_length);
 }
 
+size_t Transformer::kv_bytes_per_token() const {
+  size_t bytes = 0;
+  for (const LayerSpec& layer : spec_.layers) bytes += 2 * KvSize(layer) * sizeof(float);
+  return bytes;
+}
+
+void Transformer::TimeParts(bool on) {
+  const std::lock_guard lock(mutex_);
+  clock_.Use(on);
+}
+
+double Transformer::SecondsOf(Part part) {
+  const std::lock_guard lock(mutex_);
+  return clock_.seconds(part);
+}
+
 size_t Transformer::LogitRows(TokenBatch batch, LogitsWanted wanted) {
   if (wanted == LogitsWanted::kNone) return 0;
   if (wanted == LogitsWanted::kLast) return batch.size();
@@ -139,11 +155,13 @@ void Transformer::RunSlice(std::span<const Position> slice) {
   constexpr size_t kWorkPerWorker = size_t{1} << 20;
   const size_t work = slice.size() * (weights_.Parameters() / spec_.layers.size());
   const Team team(std::clamp<size_t>(work / kWorkPerWorker, 1, team_.threads()));
+  clock_.Begin();
   team.Run([&](Worker& worker) {
     const Range share = worker.Share(slice.size());
     for (size_t t = share.begin; t < share.end; ++t) Embed(slice[t], t);
     for (size_t layer = 0; layer < spec_.layers.size(); ++layer) RunLayer(worker, layer, slice);
     RunHead(worker, slice);
+    clock_.Mark(worker, Part::kHead);
   });
 }
 
@@ -192,21 +210,27 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
                             job(weights.value, value_), job(weights.up, up_),
                             job(weights.gate, gate_)};
   const size_t ffn_jobs = layer.gated ? 2 : 1;
+  clock_.Mark(worker, Part::kRest);
   RunLinears(worker, std::span(jobs).first(layer.parallel ? 3 + ffn_jobs : 3), input_, tokens,
              mode_);
   worker.Barrier();
+  clock_.Mark(worker, Part::kMatmul);
   for (size_t t = share.begin; t < share.end; ++t) FinishProjections(index, slice[t], t);
   worker.Barrier();
+  clock_.Mark(worker, Part::kRest);
   RunAttention(worker, index, slice);
   worker.Barrier();
+  clock_.Mark(worker, Part::kAttention);
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_sub_norm, input_.Row(t), input_.Row(t));
     Prepare(t, QuerySize(layer));
   }
   worker.Barrier();
   const LinearJob output[] = {job(weights.output, delta_)};
+  clock_.Mark(worker, Part::kRest);
   RunLinears(worker, output, input_, tokens, mode_);
   worker.Barrier();
+  clock_.Mark(worker, Part::kMatmul);
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.output.bias, delta_[t]);
     Norm(weights.attention_post_norm, delta_[t], delta_[t]);
@@ -217,8 +241,10 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   }
   if (!layer.parallel) {
     worker.Barrier();
+    clock_.Mark(worker, Part::kRest);
     RunLinears(worker, std::span(jobs).subspan(3, ffn_jobs), input_, tokens, mode_);
     worker.Barrier();
+    clock_.Mark(worker, Part::kMatmul);
   }
   const auto activate = FunctionOf(layer.activation);
   for (size_t t = share.begin; t < share.end; ++t) {
@@ -234,13 +260,16 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   }
   worker.Barrier();
   const LinearJob down[] = {job(weights.down, delta_)};
+  clock_.Mark(worker, Part::kRest);
   RunLinears(worker, down, input_, tokens, mode_);
   worker.Barrier();
+  clock_.Mark(worker, Part::kMatmul);
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.down.bias, delta_[t]);
     Norm(weights.ffn_post_norm, delta_[t], delta_[t]);
     Add(delta_[t], layer.residual_scale, hidden, hidden_[t]);
   }
+  clock_.Mark(worker, Part::kRest);
 }
 
 // Adds biases to the query, key and value of one token, normalises and rotates them, and stores key

@@ -9,11 +9,14 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/parallel.h"
+#include "formats/layout.h"
 #include "kernels/linear.h"
 #include "model/kv_cache.h"
+#include "model/part_clock.h"
 #include "model/spec.h"
 #include "model/weights.h"
 
@@ -48,6 +51,12 @@ class Transformer {
   ActivationMode mode() const { return mode_; }
   const Team& team() const { return team_; }
   size_t weight_bytes() const { return weights_.Bytes(); }
+  // The layout of the layers' matrices.
+  std::string_view layout() const { return LayoutName(weights_.layers[0].up.weight.layout()); }
+  size_t token_bytes() const { return weights_.TokenBytes(); }
+
+  // Bytes of keys and values that one token leaves in the cache.
+  size_t kv_bytes_per_token() const;
 
   std::unique_ptr<SequenceState> NewSequence() const {
     return std::make_unique<SequenceState>(cache_);
@@ -58,6 +67,10 @@ class Transformer {
   // an empty item, a state of another model or twice the same, or a sequence that would outgrow the
   // context. Calls from several threads take turns.
   void Forward(TokenBatch batch, LogitsWanted wanted, std::span<float> logits);
+
+  // Starts (from zero) or ends adding up where the time of forward passes goes.
+  void TimeParts(bool on);
+  double SecondsOf(Part part);
 
   // Rows of logits that Forward writes.
   static size_t LogitRows(TokenBatch batch, LogitsWanted wanted);
@@ -87,6 +100,7 @@ class Transformer {
   ActivationMode mode_;
   std::shared_ptr<KvCache> cache_;
   std::mutex mutex_;
+  PartClock clock_;
 
   // Workspace for kMaxTokens tokens.
   struct Rows {

@@ -85,6 +85,11 @@ size_t ModelWeights::Bytes() const {
   return bytes;
 }
 
+size_t ModelWeights::TokenBytes() const {
+  const bool tied = head.bytes().data() == embedding.bytes().data();
+  return Bytes() - position_embedding.bytes().size() - (tied ? 0 : embedding.bytes().size());
+}
+
 size_t ModelWeights::Parameters() const {
   size_t parameters = 0;
   for (const LayerWeights& layer : layers) {

@@ -52,6 +52,8 @@ struct ModelWeights {
 
   // Bytes of all matrices, each counted once.
   size_t Bytes() const;
+  // Bytes of the matrices that one token multiplies: all but tables that are only looked up.
+  size_t TokenBytes() const;
   // Weights of the layers' matrices.
   size_t Parameters() const;
 };
