@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001, T201 - a script that prints
+
 """Converts a random checkpoint of 1.1 G parameters in bf16 and prints the anonymous memory it took.
 
 Usage: python benchmarks/bench_convert_memory.py [FOLDER]    (3 GB of disk there, removed at the end)

@@ -25,6 +25,10 @@ class simd:
     def use_target(name: str) -> None: ...
     @staticmethod
     def dispatched_target() -> str: ...
+    @staticmethod
+    def compiler() -> str: ...  # "g++ 12.2.0"
+    @staticmethod
+    def highway_version() -> str: ...  # "1.0.3"
 
 class parallel:
     @staticmethod
@@ -100,6 +104,10 @@ class kernels:
     def attend_head(
         query: Float32, keys: Float32, values: Float32, scale: float, *, begin: int = 0, soft_cap: float = 0.0
     ) -> Float32: ...
+    @staticmethod
+    def read_bandwidth(*, size: int, passes: int, threads: int) -> float: ...  # bytes per second, the best pass
+    @staticmethod
+    def dot_peak(*, rounds: int, passes: int, threads: int) -> float: ...  # multiply-adds u8 x i8 per second
     @staticmethod
     def self_test() -> list[str]: ...  # failures; empty when all kernels of the active target are right
 
@@ -192,7 +200,12 @@ class model:
         threads: int
         activations: Activations
         weight_bytes: int
+        layout: str  # of the layers' matrices
+        kv_bytes_per_token: int  # of keys and values, all layers
+        token_bytes: int  # of the matrices that one token multiplies
         def new_sequence(self) -> model.SequenceState: ...
+        def time_parts(self, on: bool) -> None: ...  # starts, from zero, or ends adding up where time goes
+        def part_seconds(self) -> dict[str, float]: ...  # of "matmul", "head", "attention", "rest"
         def forward(
             self,
             batch: Sequence[tuple[Int32, model.SequenceState]],

@@ -4,9 +4,9 @@
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from ternaryforge import _core
+from ternaryforge.machine import cpu_name
 from ternaryforge.report import Report
 
 _PACKAGES = (
@@ -49,7 +49,7 @@ def diagnose() -> Diagnosis:
     finally:
         _core.simd.use_target(active)
     return Diagnosis(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         targets=targets,
         active_target=active,
@@ -65,15 +65,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()

@@ -124,6 +124,28 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert "no tokenizer" in shown
 
 
+def test_bench(folder: Path, tmp_path: Path) -> None:
+    small = ("--threads", "1,2", "--contexts", "0,5", "--prompt-tokens", "3", "--decode-tokens", "2", "--repeats", "1")
+    document = run_json("bench", folder, *small, "--output", tmp_path / "bench.json")
+    assert document == json.loads((tmp_path / "bench.json").read_text())
+    assert {
+        "threads", "context", "prompt_tokens", "target", "layout", "decode_tokens_per_second",
+        "prefill_tokens_per_second", "weight_bytes_per_token", "decode_bandwidth_share", "prefill_peak_share",
+    } <= set(document["results"][0])  # fmt: skip
+    assert [(result["threads"], result["context"]) for result in document["results"]] == [
+        (1, 0),
+        (1, 5),
+        (2, 0),
+        (2, 5),
+    ]
+    assert {"cpu", "cores", "read_bandwidth", "dot_peak", "compiler", "highway"} <= set(document["machine"])
+    shown = run("bench", folder, *small, "--targets", "scalar", "--activations", "float")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "float activations" in " ".join(shown.stdout.split())
+    assert len([line for line in shown.stdout.splitlines() if line.strip().startswith("scalar ")]) == 4
+    assert "bitnet-2b-4t" in fails("bench", "--shape", "2b")
+
+
 def test_doctor() -> None:
     document = run_json("doctor")
     assert document["targets"] == _core.simd.supported_targets()
@@ -166,6 +188,10 @@ def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
         ["generate", "demo", "--prompt", "x", "--activations", "int4"],
         ["convert", "a", "b", "--scheme", "nearest"],
         ["evaluate", "demo", "--text", "x", "--threads", "0"],
+        ["bench"],
+        ["bench", "demo", "--shape", "7b"],
+        ["bench", "demo", "--threads", "two"],
+        ["bench", "demo", "--contexts", "0,-1"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
@@ -175,7 +201,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
 def test_help() -> None:
     shown = run("--help")
     assert shown.returncode == 0
-    for verb in ("convert", "generate", "evaluate", "inspect", "doctor"):
+    for verb in ("convert", "generate", "evaluate", "bench", "inspect", "doctor"):
         assert verb in shown.stdout
         assert run(verb, "--help").returncode == 0
 

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from ternaryforge.cli import chat, convert, doctor, evaluate, generate, inspect
+from ternaryforge.cli import bench, chat, convert, doctor, evaluate, generate, inspect
 from ternaryforge.cli.output import report_error
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("convert")(convert.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)
+app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
 app.command("doctor")(doctor.command)
 

@@ -4,7 +4,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -51,6 +51,19 @@ def print_table(rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(str(value)))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a header; numbers stand under each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def report_error(error: BaseException) -> None:
