@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -68,6 +70,29 @@ py::dict PartSeconds(Transformer& transformer) {
   seconds["attention"] = transformer.SecondsOf(Part::kAttention);
   seconds["rest"] = transformer.SecondsOf(Part::kRest);
   return seconds;
+}
+
+// A copy of a float matrix.
+PackedTensor TakeMatrix(const py::array& array, const std::string& name) {
+  const std::span<const float> values = TakeArray<float>(array, 2, "adapter", name);
+  const std::vector<size_t> shape = ShapeOf(array);
+  Check(!values.empty(), "[adapter] ", name, " has at least one row and column, got [", shape[0],
+        ", ", shape[1], "]");
+  uint8_t* bytes = nullptr;
+  PackedTensor tensor = PackedTensor::Allocate(Layout::kF32, shape[0], shape[1], {}, &bytes);
+  std::memcpy(bytes, values.data(), values.size_bytes());
+  return tensor;
+}
+
+Adapters TakeAdapters(
+    const std::map<std::string, std::tuple<py::array, py::array, float>>& arrays) {
+  Adapters adapters;
+  for (const auto& [slot, parts] : arrays) {
+    const auto& [a, b, scaling] = parts;
+    adapters[slot] = {TakeMatrix(a, "A of '" + slot + "'"), TakeMatrix(b, "B of '" + slot + "'"),
+                      scaling};
+  }
+  return adapters;
 }
 
 }  // namespace
@@ -157,14 +182,18 @@ void register_model(py::module_& model) {
            "Rolls back to the first `length` tokens.");
   py::class_<Transformer>(model, "Transformer",
                           "The decoder, with weights repacked for this machine.")
-      .def(py::init([](const ModelSpec& spec, std::map<std::string, PackedTensor> weights,
-                       const std::string& activations, size_t threads) {
-             const ActivationMode mode = ActivationModeFromName(activations);
-             const py::gil_scoped_release release;
-             return std::make_unique<Transformer>(spec, std::move(weights), mode, threads);
-           }),
+      .def(py::init(
+               [](const ModelSpec& spec, std::map<std::string, PackedTensor> weights,
+                  const std::string& activations, size_t threads,
+                  const std::map<std::string, std::tuple<py::array, py::array, float>>& adapters) {
+                 const ActivationMode mode = ActivationModeFromName(activations);
+                 Adapters taken = TakeAdapters(adapters);
+                 const py::gil_scoped_release release;
+                 return std::make_unique<Transformer>(spec, std::move(weights), std::move(taken),
+                                                      mode, threads);
+               }),
            py::arg("spec"), py::arg("weights"), py::kw_only(), py::arg("activations"),
-           py::arg("threads"))
+           py::arg("threads"), py::arg("adapters") = py::dict())
       .def_property_readonly("spec", &Transformer::spec)
       .def_property_readonly("threads", [](const Transformer& t) { return t.team().threads(); })
       .def_property_readonly("activations",

@@ -66,10 +66,10 @@ bool SameRotation(const LayerSpec& a, const LayerSpec& b) {
 }  // namespace
 
 Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors,
-                         ActivationMode mode, size_t threads)
+                         Adapters adapters, ActivationMode mode, size_t threads)
     : spec_(Validated(std::move(spec))),
       team_(threads),
-      weights_(TakeWeights(spec_, std::move(tensors), team_)),
+      weights_(TakeWeights(spec_, std::move(tensors), std::move(adapters), team_)),
       mode_(mode),
       cache_(std::make_shared<KvCache>(spec_)),
       hidden_(kMaxTokens, spec_.hidden_size),
@@ -82,7 +82,9 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
       delta_(kMaxTokens, spec_.hidden_size),
       angles_(kMaxTokens, Largest(spec_, HeadDim)),
       input_(kMaxTokens,
-             std::max({spec_.hidden_size, Largest(spec_, QuerySize), Largest(spec_, FfnSize)})) {
+             std::max({spec_.hidden_size, Largest(spec_, QuerySize), Largest(spec_, FfnSize)})),
+      reduced_(kMaxTokens, kMaxProducts * weights_.MaxRank()),
+      adapter_sums_(weights_.MaxRank() == 0 ? 0 : kMaxTokens, input_.stride()) {
   std::fill_n(ones_.data(), ones_.size(), 1.0f);
   for (size_t i = 0; i < threads; ++i) scores_.emplace_back(spec_.context_length);
 }
@@ -191,30 +193,54 @@ void Transformer::Norm(const NormWeights& weights, const float* x, float* out) c
   }
 }
 
+// Waits for the input of all tokens, and at the end for all results.
+void Transformer::RunProducts(Worker& worker, std::span<const Product> products, size_t tokens) {
+  worker.Barrier();
+  clock_.Mark(worker, Part::kRest);
+  LinearJob jobs[2 * kMaxProducts];
+  size_t count = 0;
+  for (const auto& [linear, out] : products) {
+    jobs[count++] = {&linear->weight, (*out)[0], out->stride};
+  }
+  float* reduced = reduced_[0];
+  for (const auto& [linear, out] : products) {
+    if (linear->adapter.a.empty()) continue;
+    jobs[count++] = {&linear->adapter.a, reduced, reduced_.stride};
+    reduced += linear->adapter.a.rows();
+  }
+  RunLinears(worker, std::span(jobs).first(count), input_, tokens, mode_);
+  reduced = reduced_[0];
+  for (const auto& [linear, out] : products) {
+    if (linear->adapter.a.empty()) continue;
+    worker.Barrier();  // all of A x is there, and nobody reads the sums of the adapter before
+    AddAdapter(worker, linear->adapter, reduced, reduced_.stride, tokens, adapter_sums_[0],
+               (*out)[0], out->stride);
+    reduced += linear->adapter.a.rows();
+  }
+  worker.Barrier();
+  clock_.Mark(worker, Part::kMatmul);
+}
+
 // Enters and leaves with every worker owning its share of the tokens' hidden rows.
 void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Position> slice) {
   const LayerSpec& layer = spec_.layers[index];
   LayerWeights& weights = weights_.layers[index];
   const size_t tokens = slice.size(), hidden = spec_.hidden_size;
   const Range share = worker.Share(tokens);
-  const auto job = [](const Linear& linear, Rows& out) {
-    return LinearJob{&linear.weight, out[0], out.stride};
-  };
 
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_norm, hidden_[t], input_.Row(t));
     Prepare(t, hidden);
   }
-  worker.Barrier();
-  const LinearJob jobs[] = {job(weights.query, query_), job(weights.key, key_),
-                            job(weights.value, value_), job(weights.up, up_),
-                            job(weights.gate, gate_)};
-  const size_t ffn_jobs = layer.gated ? 2 : 1;
-  clock_.Mark(worker, Part::kRest);
-  RunLinears(worker, std::span(jobs).first(layer.parallel ? 3 + ffn_jobs : 3), input_, tokens,
-             mode_);
-  worker.Barrier();
-  clock_.Mark(worker, Part::kMatmul);
+  const Product projections[kMaxProducts] = {{&weights.query, &query_},
+                                             {&weights.key, &key_},
+                                             {&weights.value, &value_},
+                                             {&weights.up, &up_},
+                                             {&weights.gate, &gate_}};
+  const std::span<const Product> attention = std::span(projections).first(3);
+  const std::span<const Product> ffn = std::span(projections).subspan(3, layer.gated ? 2 : 1);
+  const std::span<const Product> both = std::span(projections).first(3 + ffn.size());
+  RunProducts(worker, layer.parallel ? both : attention, tokens);
   for (size_t t = share.begin; t < share.end; ++t) FinishProjections(index, slice[t], t);
   worker.Barrier();
   clock_.Mark(worker, Part::kRest);
@@ -225,12 +251,8 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Norm(weights.attention_sub_norm, input_.Row(t), input_.Row(t));
     Prepare(t, QuerySize(layer));
   }
-  worker.Barrier();
-  const LinearJob output[] = {job(weights.output, delta_)};
-  clock_.Mark(worker, Part::kRest);
-  RunLinears(worker, output, input_, tokens, mode_);
-  worker.Barrier();
-  clock_.Mark(worker, Part::kMatmul);
+  const Product output[] = {{&weights.output, &delta_}};
+  RunProducts(worker, output, tokens);
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.output.bias, delta_[t]);
     Norm(weights.attention_post_norm, delta_[t], delta_[t]);
@@ -239,13 +261,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Norm(weights.ffn_norm, hidden_[t], input_.Row(t));
     Prepare(t, hidden);
   }
-  if (!layer.parallel) {
-    worker.Barrier();
-    clock_.Mark(worker, Part::kRest);
-    RunLinears(worker, std::span(jobs).subspan(3, ffn_jobs), input_, tokens, mode_);
-    worker.Barrier();
-    clock_.Mark(worker, Part::kMatmul);
-  }
+  if (!layer.parallel) RunProducts(worker, ffn, tokens);
   const auto activate = FunctionOf(layer.activation);
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.up.bias, up_[t]);
@@ -258,12 +274,8 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Norm(weights.ffn_sub_norm, input_.Row(t), input_.Row(t));
     Prepare(t, layer.ffn_size);
   }
-  worker.Barrier();
-  const LinearJob down[] = {job(weights.down, delta_)};
-  clock_.Mark(worker, Part::kRest);
-  RunLinears(worker, down, input_, tokens, mode_);
-  worker.Barrier();
-  clock_.Mark(worker, Part::kMatmul);
+  const Product down[] = {{&weights.down, &delta_}};
+  RunProducts(worker, down, tokens);
   for (size_t t = share.begin; t < share.end; ++t) {
     AddBias(weights.down.bias, delta_[t]);
     Norm(weights.ffn_post_norm, delta_[t], delta_[t]);

@@ -15,6 +15,7 @@
 #include "base/parallel.h"
 #include "formats/layout.h"
 #include "kernels/linear.h"
+#include "model/adapters.h"
 #include "model/kv_cache.h"
 #include "model/part_clock.h"
 #include "model/spec.h"
@@ -43,9 +44,10 @@ class Transformer {
   // on it.
   static constexpr size_t kMaxTokens = 128;
 
-  // Throws like ModelSpec::Validate and TakeWeights.
-  Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors, ActivationMode mode,
-              size_t threads);
+  // `adapters` by slot, empty where there are none. Throws like ModelSpec::Validate and
+  // TakeWeights.
+  Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
+              ActivationMode mode, size_t threads);
 
   const ModelSpec& spec() const { return spec_; }
   ActivationMode mode() const { return mode_; }
@@ -84,9 +86,19 @@ class Transformer {
     float* logits;    // where its logits go, or null
   };
 
+  struct Rows;
+  // Linear layers that see one input: query, key, value, and in a parallel layer gate and up.
+  static constexpr size_t kMaxProducts = 5;
+  // A linear layer to apply to the input, and where its result goes.
+  struct Product {
+    const Linear* linear;
+    Rows* out;
+  };
+
   void CheckBatch(TokenBatch batch) const;
   void RunSlice(std::span<const Position> slice);
   void RunLayer(Worker& worker, size_t index, std::span<const Position> slice);
+  void RunProducts(Worker& worker, std::span<const Product> products, size_t tokens);
   void RunAttention(Worker& worker, size_t index, std::span<const Position> slice);
   void RunHead(Worker& worker, std::span<const Position> slice);
   void FinishProjections(size_t index, const Position& position, size_t row);
@@ -116,6 +128,8 @@ class Transformer {
   Rows delta_;                               // what a layer half adds to the residual stream
   Rows angles_;                              // cosines, then sines, of one token's rotation
   LinearInput input_;                        // the input of the next linear layers
+  Rows reduced_;                             // A x of the adapters of one RunProducts
+  Rows adapter_sums_;                        // B (A x) of one adapter
   std::vector<AlignedArray<float>> scores_;  // attention scores, one row a thread
 };
 

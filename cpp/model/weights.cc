@@ -2,6 +2,7 @@
 // Slots to run-time weights; see weights.h.
 #include "model/weights.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -12,15 +13,17 @@
 namespace tf {
 namespace {
 
-std::array<const PackedTensor*, 7> Matrices(const LayerWeights& layer) {
-  return {&layer.query.weight, &layer.key.weight, &layer.value.weight, &layer.output.weight,
-          &layer.gate.weight,  &layer.up.weight,  &layer.down.weight};  // gate may be empty
+// The gate may be empty.
+std::array<const Linear*, 7> Linears(const LayerWeights& layer) {
+  return {&layer.query, &layer.key, &layer.value, &layer.output,
+          &layer.gate,  &layer.up,  &layer.down};
 }
 
 class Taker {
  public:
-  Taker(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors, const Team& team)
-      : tensors_(std::move(tensors)), team_(team) {
+  Taker(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
+        const Team& team)
+      : tensors_(std::move(tensors)), adapters_(std::move(adapters)), team_(team) {
     const std::vector<Slot> slots = spec.Slots();
     for (const Slot& slot : slots) {
       const auto found = tensors_.find(slot.name);
@@ -51,7 +54,17 @@ class Taker {
     Linear linear;
     linear.weight = Matrix(name);
     if (bias) linear.bias = Vector(name + "_bias");
+    if (auto found = adapters_.extract(name)) {
+      CheckAdapter(name, found.mapped(), linear.weight.rows(), linear.weight.cols());
+      linear.adapter = std::move(found.mapped());
+    }
     return linear;
+  }
+
+  void CheckNoAdapterLeft() const {
+    Check(adapters_.empty(), "[adapter] no linear layer takes the adapter '",
+          adapters_.empty() ? "" : adapters_.begin()->first,
+          "'; a layer's query, key, value, output, gate, up and down do");
   }
 
   AlignedArray<float> Vector(const std::string& name) {
@@ -71,6 +84,7 @@ class Taker {
 
  private:
   std::map<std::string, PackedTensor> tensors_;
+  Adapters adapters_;
   const Team& team_;
 };
 
@@ -80,7 +94,10 @@ size_t ModelWeights::Bytes() const {
   size_t bytes = embedding.bytes().size() + position_embedding.bytes().size();
   if (head.bytes().data() != embedding.bytes().data()) bytes += head.bytes().size();
   for (const LayerWeights& layer : layers) {
-    for (const PackedTensor* matrix : Matrices(layer)) bytes += matrix->bytes().size();
+    for (const Linear* linear : Linears(layer)) {
+      const Adapter& adapter = linear->adapter;
+      bytes += linear->weight.bytes().size() + adapter.a.bytes().size() + adapter.b.bytes().size();
+    }
   }
   return bytes;
 }
@@ -90,18 +107,27 @@ size_t ModelWeights::TokenBytes() const {
   return Bytes() - position_embedding.bytes().size() - (tied ? 0 : embedding.bytes().size());
 }
 
+size_t ModelWeights::MaxRank() const {
+  size_t rank = 0;
+  for (const LayerWeights& layer : layers) {
+    for (const Linear* linear : Linears(layer)) rank = std::max(rank, linear->adapter.a.rows());
+  }
+  return rank;
+}
+
 size_t ModelWeights::Parameters() const {
   size_t parameters = 0;
   for (const LayerWeights& layer : layers) {
-    for (const PackedTensor* matrix : Matrices(layer))
-      parameters += matrix->rows() * matrix->cols();
+    for (const Linear* linear : Linears(layer)) {
+      parameters += linear->weight.rows() * linear->weight.cols();
+    }
   }
   return parameters;
 }
 
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
-                         const Team& team) {
-  Taker taker(spec, std::move(tensors), team);
+                         Adapters adapters, const Team& team) {
+  Taker taker(spec, std::move(tensors), std::move(adapters), team);
   ModelWeights weights;
   weights.embedding = taker.Matrix("embedding");
   if (spec.position_embedding) weights.position_embedding = taker.Matrix("position_embedding");
@@ -135,6 +161,7 @@ ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTens
         .ffn_post_norm = norm("ffn_post_norm", layer.post_norms),
     });
   }
+  taker.CheckNoAdapterLeft();
   return weights;
 }
 

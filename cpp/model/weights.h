@@ -9,14 +9,16 @@
 #include "base/aligned.h"
 #include "base/parallel.h"
 #include "formats/packed_tensor.h"
+#include "model/adapters.h"
 #include "model/spec.h"
 
 namespace tf {
 
-// A linear layer; without a bias, that array is empty.
+// A linear layer. Without a bias or an adapter, those are empty.
 struct Linear {
   PackedTensor weight;
   AlignedArray<float> bias;
+  Adapter adapter;
 };
 
 // A norm: LayerNorm where it has a bias, else RMSNorm.
@@ -50,18 +52,22 @@ struct ModelWeights {
   NormWeights final_norm;
   std::vector<LayerWeights> layers;
 
-  // Bytes of all matrices, each counted once.
+  // Bytes of all matrices, adapters included, each counted once.
   size_t Bytes() const;
   // Bytes of the matrices that one token multiplies: all but tables that are only looked up.
   size_t TokenBytes() const;
+  // The largest rank of an adapter, 0 where there is none.
+  size_t MaxRank() const;
   // Weights of the layers' matrices.
   size_t Parameters() const;
 };
 
 // Takes every slot of `spec` out of `tensors` and repacks ternary matrices into run-time tiles.
 // Throws std::invalid_argument that names the slot which is missing, misshapen, left over or of an
-// alphabet that the model cannot use there (norms and biases are floats).
+// alphabet that the model cannot use there (norms and biases are floats). `adapters` belong to the
+// linear layers of the layers; throws like CheckAdapter, and for an adapter that none of them
+// takes.
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
-                         const Team& team);
+                         Adapters adapters, const Team& team);
 
 }  // namespace tf

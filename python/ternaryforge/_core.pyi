@@ -1,6 +1,6 @@
 """Types of the compiled core. One submodule per C++ layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -195,6 +195,10 @@ class model:
             *,
             activations: Activations,
             threads: int,
+            # LoRA by slot of a layer's query key value output gate up down: A [rank, cols], B [rows, rank], scaling;
+            # out += scaling * B (A x), x the floats that the layer sees. Copied. ValueError with the slot's name where
+            # they do not fit, for a slot that takes none, for NaN or infinity.
+            adapters: Mapping[str, tuple[Float32, Float32, float]] = ...,
         ) -> None: ...
         spec: model.ModelSpec
         threads: int
