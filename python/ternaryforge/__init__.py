@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ternaryforge.formats import matmul, pack, quantize_weights, unpack
     from ternaryforge.generation import GenerationResult, Piece
     from ternaryforge.model import TernaryModel
+    from ternaryforge.planning import PlanReport, plan
+    from ternaryforge.verification import VerificationReport, verify
 
     __version__: str
 
@@ -32,14 +34,18 @@ __all__ = [
     "FormatError",
     "GenerationResult",
     "Piece",
+    "PlanReport",
     "TernaryModel",
+    "VerificationReport",
     "__version__",
     "convert",
     "matmul",
     "pack",
+    "plan",
     "quantize_weights",
     "simd",
     "unpack",
+    "verify",
 ]
 
 MISSING_CORE = (
@@ -55,13 +61,17 @@ _MODULE_OF = {
     "FormatError": "_core",
     "GenerationResult": "generation",
     "Piece": "generation",
+    "PlanReport": "planning",
     "TernaryModel": "model",
+    "VerificationReport": "verification",
     "convert": "conversion",
     "matmul": "formats",
     "pack": "formats",
+    "plan": "planning",
     "quantize_weights": "formats",
     "simd": "simd",
     "unpack": "formats",
+    "verify": "verification",
 }
 
 

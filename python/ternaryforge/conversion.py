@@ -10,7 +10,7 @@ What lies in the folder is described in docs/reference/formats.md.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +39,11 @@ COMPANION_FILES = (
 )  # fmt: skip
 """What is copied beside the weights: texts need it, or a licence asks for it."""
 
-_ROUNDED = (
+ROUNDED = (
     "these weights were not trained to be ternary, and rounding alone usually turns such a model into gibberish: "
     "measure the result with `ternaryforge evaluate` before using it"
 )
+"""The warning for dense weights that are rounded."""
 _FINEST_GROUP = 64
 _CHUNK_WEIGHTS = 1 << 20  # handled at once where a tensor is read or measured in parts
 
@@ -118,7 +119,7 @@ def convert(
     """
     started = time.perf_counter()
     threads = _core.parallel.default_threads() if threads is None else threads
-    _check_options(scheme, scale, group_size, threads)
+    check_options(scheme, scale, group_size, threads)
     source, out = Path(source), Path(out)
     real_source, real_out = source.resolve(), out.resolve()
     if real_out == real_source or real_source in real_out.parents:
@@ -129,7 +130,7 @@ def convert(
         architecture = read_architecture(checkpoint.config, where=where)
         quantization = architecture.quantization
         if quantization is None or quantization.online:
-            options = _Options(scheme, scale, group_size, threads)
+            options = RoundingOptions(scheme, scale, group_size, threads)
             job: _Copy = _Rounding(checkpoint, architecture, options)
         else:
             job = _Copy(checkpoint, architecture)
@@ -161,10 +162,11 @@ def _warnings(quantization: Quantization | None, linears: tuple[LinearConversion
     """Dense weights that were rounded and neither trained nor calibrated for it."""
     if quantization is not None or all(linear.already_ternary for linear in linears):
         return ()
-    return (_ROUNDED,)
+    return (ROUNDED,)
 
 
-def _check_options(scheme: str, scale: str, group_size: int, threads: int) -> None:
+def check_options(scheme: str, scale: str, group_size: int, threads: int) -> None:
+    """Raises ValueError for what `convert` does not know."""
     if scheme not in SCHEMES:
         raise ValueError(f"[convert] scheme is one of {', '.join(SCHEMES)}, got {scheme!r}")
     if scale not in SCALES:
@@ -192,11 +194,57 @@ def _text(scale: str, group_size: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class RoundingOptions:
+    """How weights are rounded; see `convert`."""
+
     scheme: Scheme
     scale: ScaleKind
     group_size: int
     threads: int
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
+        """The shape of the scales of a linear layer."""
+        match self.scale:
+            case "tensor":
+                return (1,)
+            case "row":
+                return (rows,)
+            case "group":
+                return (rows, -(-cols // self.group_size))
+
+    def check_latents(self, quantization: Quantization | None, where: str) -> None:
+        """Refuses any other rounding than the one that latents of training were made for."""
+        if quantization is not None and (self.scheme, self.scale) != ("absmean", "tensor"):
+            raise FormatError(
+                f"[convert] '{where}': these weights were trained to be rounded by absmean per tensor "
+                "(quantization_mode 'online'): use scheme='absmean', scale='tensor'"
+            )
+
+    def rounded_tensors(self, tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, int]]) -> list[TensorPlan]:
+        """The tensors of the result: those of the source, but codes and scales for linear layers of `shapes`."""
+        plan = [tensor for tensor in tensors if tensor.name not in shapes]
+        for name, (rows, cols) in shapes.items():
+            plan.append(TensorPlan(name, "U8", (rows // 4, cols)))
+            plan.append(TensorPlan(scale_name(name), "F32", self.scale_shape(rows, cols)))
+        return plan
+
+
+def rounded_shapes(architecture: Architecture, where: str) -> dict[str, tuple[int, int]]:
+    """The linear layers that `convert` rounds, by tensor. Raises FormatError where one cannot be packed."""
+    rounds = architecture.is_linear if architecture.quantization is None else architecture.is_ternary
+    shapes = {}
+    for slot, shape in architecture.spec.slots().items():
+        if not rounds(slot):
+            continue
+        name = architecture.tensor_names[slot]
+        if shape[0] % 4:
+            raise FormatError(
+                f"[convert] '{where}': tensor '{name}' has {shape[0]} rows; "
+                "four rows share a byte, so the number of rows must be a multiple of 4: "
+                "this model cannot be stored as a ternary checkpoint"
+            )
+        shapes[name] = shape
+    return shapes
 
 
 class _Copy:
@@ -252,45 +300,14 @@ class _Copy:
 class _Rounding(_Copy):
     """Writes a checkpoint with floats in its linear layers as a ternary one."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, options: _Options) -> None:
-        quantization = architecture.quantization
-        where = str(checkpoint.path / "config.json")
-        if quantization is not None and (options.scheme, options.scale) != ("absmean", "tensor"):
-            raise FormatError(
-                f"[convert] '{where}': these weights were trained to be rounded by absmean per tensor "
-                "(quantization_mode 'online'): use scheme='absmean', scale='tensor'"
-            )
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, options: RoundingOptions) -> None:
+        options.check_latents(architecture.quantization, str(checkpoint.path / "config.json"))
         super().__init__(checkpoint, architecture)
         self._options = options
-        self._shapes: dict[str, tuple[int, int]] = {}
-        rounds = architecture.is_linear if quantization is None else architecture.is_ternary
-        for slot, shape in architecture.spec.slots().items():
-            if not rounds(slot):
-                continue
-            name = architecture.tensor_names[slot]
-            if shape[0] % 4:
-                raise FormatError(
-                    f"[convert] '{checkpoint.info(name).file}': tensor '{name}' has {shape[0]} rows; "
-                    "four rows share a byte, so the number of rows must be a multiple of 4: "
-                    "this model cannot be stored as a ternary checkpoint"
-                )
-            self._shapes[name] = shape
-
-    def _scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        match self._options.scale:
-            case "tensor":
-                return (1,)
-            case "row":
-                return (rows,)
-            case "group":
-                return (rows, -(-cols // self._options.group_size))
+        self._shapes = rounded_shapes(architecture, str(checkpoint.path))
 
     def _plan(self) -> list[TensorPlan]:
-        plan = [tensor for tensor in super()._plan() if tensor.name not in self._shapes]
-        for name, (rows, cols) in self._shapes.items():
-            plan.append(TensorPlan(name, "U8", (rows // 4, cols)))
-            plan.append(TensorPlan(scale_name(name), "F32", self._scale_shape(rows, cols)))
-        return plan
+        return self._options.rounded_tensors(super()._plan(), self._shapes)
 
     def _write_config(self, writer: CheckpointWriter) -> None:
         quantization = self._architecture.quantization
@@ -332,7 +349,7 @@ class _Rounding(_Copy):
         writer.write(name, codes.reshape(rows // 4, cols))
         writer.write(scale_name(name), stored)
         self.ternary_bytes += codes.nbytes + stored.nbytes
-        error = _relative_error(weights, trits, scales, self._options.group_size)
+        error = relative_error(weights, trits, scales, self._options.group_size)
         zeros = 1 - int(np.count_nonzero(trits)) / trits.size
         self.linears.append(LinearConversion(name, rows, cols, already, error, zeros))
 
@@ -381,7 +398,7 @@ class _Rounding(_Copy):
                     )
             return None
         _, trits, scales = found
-        shape = self._scale_shape(*weights.shape)
+        shape = options.scale_shape(*weights.shape)
         if len(shape) == 2 and kind != "group":
             scales = scales[:, None]
         return trits, np.ascontiguousarray(np.broadcast_to(scales, shape))
@@ -393,7 +410,7 @@ def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
         yield begin, min(rows, begin + step)
 
 
-def _relative_error(
+def relative_error(
     weights: NDArray[np.float32],
     trits: NDArray[np.int8],
     scales: NDArray[np.float32],

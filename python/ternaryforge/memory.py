@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _INTERVAL = 0.005  # seconds between two looks; one costs about 30 microseconds
 
 
@@ -58,3 +59,12 @@ class PeakAnonymous:
                 self.growth = max(self.growth, now - self._start)
             if self._stop.wait(_INTERVAL):
                 return
+
+
+def available_bytes() -> int | None:
+    """Memory that programs can still have without swapping, None outside of Linux."""
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -9,16 +9,23 @@ bits, so such a model computes as fast as a real one, and says nothing.
 """
 
 import copy
+import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ternaryforge import _core
+from ternaryforge.checkpoint import INDEX_FILE, SINGLE_FILE
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.model import Activations, default_activations
+from ternaryforge.weights import scale_name
 
 _CHUNK_WORDS = 1 << 17  # of random bits at once: 1 MB, which stays in the cache
 
@@ -219,3 +226,67 @@ def dense_values(generator: np.random.SFC64, slot: str, size: int) -> NDArray[np
         words[begin : begin + _CHUNK_WORDS] &= sign_and_mantissa
         words[begin : begin + _CHUNK_WORDS] |= exponent
     return words.view(np.uint16)[:size]
+
+
+def write_random_checkpoint(
+    config: dict[str, Any], out: str | os.PathLike[str], *, shards: int = 1, seed: int = 0
+) -> None:
+    """Writes the folder `out` of a stock packed checkpoint with this config.json and random weights.
+
+    Tensor by tensor, so that any size fits the memory; nothing appears at `out` before all is done. There is no
+    tokenizer. Raises ValueError for a configuration that is not packed, FileExistsError where `out` exists.
+    """
+    architecture = read_architecture(config, where="config.json")
+    quantization = architecture.quantization
+    if quantization is None or quantization.online or quantization.scale != "tensor":
+        raise ValueError("[shape] the configuration needs a quantization_config with one scale per tensor")
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"[shape] there is something already at '{out}'; name another folder")
+    plan = stored_tensors(architecture)
+    generator = np.random.SFC64(seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        work = Path(folder) / "model"
+        work.mkdir()
+        names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        names = [SINGLE_FILE] if shards == 1 else names
+        step = -(-len(plan) // shards)
+        for i, name in enumerate(names):
+            part = plan[i * step : (i + 1) * step]
+            with CheckpointWriter(Path(folder) / "part", [tensor for _, _, tensor in part]) as writer:
+                for slot, cols, tensor in part:
+                    writer.write(tensor.name, _random_tensor(generator, slot, cols, tensor, quantization.convention))
+            (Path(folder) / "part" / SINGLE_FILE).rename(work / name)
+            (Path(folder) / "part").rmdir()
+        if shards > 1:
+            places = {tensor.name: names[i // step] for i, (_, _, tensor) in enumerate(plan)}
+            size = sum(tensor.nbytes for _, _, tensor in plan)
+            index = {"metadata": {"total_size": size}, "weight_map": places}
+            (work / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (work / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        work.rename(out)
+
+
+def stored_tensors(architecture: Architecture) -> list[tuple[str, int, TensorPlan]]:
+    """The tensors of a stock checkpoint, packed or in bfloat16, with slot and columns; a scale follows its codes."""
+    plan = []
+    for slot, (rows, cols) in architecture.spec.slots().items():
+        name = architecture.tensor_names[slot]
+        if architecture.is_linear(slot) and architecture.is_ternary(slot):
+            plan.append((slot, cols, TensorPlan(name, "U8", (rows // 4, cols))))
+            plan.append((slot, cols, TensorPlan(scale_name(name), "F32", (1,))))
+        else:
+            plan.append((slot, cols, TensorPlan(name, "BF16", (cols,) if rows == 1 else (rows, cols))))
+    return plan
+
+
+def _random_tensor(
+    generator: np.random.SFC64, slot: str, cols: int, tensor: TensorPlan, convention: str
+) -> NDArray[Any]:
+    if tensor.dtype == "U8":
+        return random_codes(generator, tensor.nbytes).reshape(tensor.shape)
+    if tensor.dtype == "F32":
+        scale = linear_scale(cols)
+        return np.array([1 / scale if convention == "divide" else scale], np.float32)
+    return dense_values(generator, slot, tensor.nbytes // 2).reshape(tensor.shape)

@@ -10,10 +10,10 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
-def find_source(source: str | os.PathLike[str]) -> Path:
+def find_source(source: str | os.PathLike[str], *, download: bool = True) -> Path:
     """The local path of a path, of `org/name[@revision]` on the hub, or of "demo".
 
-    What is not cached is downloaded, unless HF_HUB_OFFLINE forbids it. A path that exists goes
+    What is not cached is downloaded, unless HF_HUB_OFFLINE or `download` forbids it. A path that exists goes
     before a name on the hub. Raises OSError where the hub does not give the files.
     """
     name = os.fspath(source)
@@ -29,10 +29,16 @@ def find_source(source: str | os.PathLike[str]) -> Path:
         folder = snapshot_download(
             repo,
             revision=revision or None,
+            local_files_only=not download,
             allow_patterns=_HUB_PATTERNS,
             ignore_patterns=["*/*"],
         )
     except Exception as error:
+        if not download:
+            raise FileNotFoundError(
+                f"[load] '{name}' is no folder here and not in the cache of the hub, and nothing is downloaded "
+                f"for this: fetch it first with `hf download {repo}`"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(f"[load] '{name}' is no folder here and could not be fetched from the hub: {reason}") from error
     return Path(folder)

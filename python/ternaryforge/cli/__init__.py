@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from ternaryforge.cli import bench, chat, convert, doctor, evaluate, generate, inspect
+from ternaryforge.cli import bench, chat, convert, doctor, evaluate, generate, inspect, plan, verify
 from ternaryforge.cli.output import report_error
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)
 app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
+app.command("plan")(plan.command)
+app.command("verify")(verify.command)
 app.command("doctor")(doctor.command)
 
 
