@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001, T201, S603 - a script that prints and starts itself
+# ruff: noqa: S603 - a script that prints and starts itself
 """Real shapes with random weights: written as checkpoints, planned, loaded, generated from; plan against measurement.
 
 Usage: python benchmarks/bench_real_shapes.py FOLDER [SHAPE ...]    (up to 4 GB of disk there, removed at the end)
