@@ -11,6 +11,7 @@
 #include "bindings/array.h"
 #include "bindings/registers.h"
 #include "formats/hf_packed.h"
+#include "formats/onebit.h"
 #include "formats/packed_tensor.h"
 #include "formats/t16.h"
 
@@ -81,7 +82,19 @@ py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name
   py::array_t<uint8_t> packed(std::vector<size_t>{LayoutBytes(layout, rows, cols)});
   const std::span<uint8_t> out = SpanOf(packed);
   const py::gil_scoped_release release;
-  layout == Layout::kT16 ? T16Pack(values, rows, cols, out) : HfPack(values, rows, cols, out);
+  switch (layout) {
+    case Layout::kT16:
+      T16Pack(values, rows, cols, out);
+      break;
+    case Layout::kOnebit:
+      OnebitTernaryPack(values, rows, cols, out);
+      break;
+    case Layout::kOnebitBinary:
+      OnebitBinaryPack(values, rows, cols, out);
+      break;
+    default:
+      HfPack(values, rows, cols, out);
+  }
   return packed;
 }
 
@@ -96,7 +109,19 @@ py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name
   auto trits = py::array_t<int8_t>({rows, cols});
   const std::span<int8_t> out = SpanOf(trits);
   const py::gil_scoped_release release;
-  layout == Layout::kT16 ? T16Unpack(bytes, rows, cols, out) : HfUnpack(bytes, rows, cols, out);
+  switch (layout) {
+    case Layout::kT16:
+      T16Unpack(bytes, rows, cols, out);
+      break;
+    case Layout::kOnebit:
+      OnebitTernaryUnpack(bytes, rows, cols, out);
+      break;
+    case Layout::kOnebitBinary:
+      OnebitBinaryUnpack(bytes, rows, cols, out);
+      break;
+    default:
+      HfUnpack(bytes, rows, cols, out);
+  }
   return trits;
 }
 

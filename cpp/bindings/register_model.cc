@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -24,33 +26,43 @@ namespace {
 
 namespace py = pybind11;
 
-Activation ActivationFromName(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "relu2") return Activation::kReluSquared;
-  if (name == "gelu") return Activation::kGelu;
-  Check(name == "gelu_erf", "[spec] activation is silu, relu, relu2, gelu or gelu_erf, got '", name,
-        "'");
-  return Activation::kGeluErf;
+template <typename Value>
+struct Named {
+  const char* name;
+  Value value;
+};
+
+constexpr Named<Activation> kActivations[] = {
+    {"silu", Activation::kSilu},         {"relu", Activation::kRelu},
+    {"relu2", Activation::kReluSquared}, {"gelu", Activation::kGelu},
+    {"gelu_erf", Activation::kGeluErf},
+};
+constexpr Named<NormKind> kNorms[] = {{"rms", NormKind::kRms}, {"layer", NormKind::kLayer}};
+constexpr Named<LogitsWanted> kLogitsWanted[] = {
+    {"none", LogitsWanted::kNone}, {"last", LogitsWanted::kLast}, {"all", LogitsWanted::kAll}};
+
+// Throws std::invalid_argument that lists the names.
+template <typename Value, size_t kSize>
+Value FromName(const Named<Value> (&table)[kSize], const char* what, const std::string& name) {
+  std::string known;
+  for (const auto& entry : table) {
+    if (name == entry.name) return entry.value;
+    known += StrCat(known.empty() ? "" : ", ", entry.name);
+  }
+  throw std::invalid_argument(StrCat(what, " is one of ", known, ", got '", name, "'"));
 }
 
-NormKind NormKindFromName(const std::string& name) {
-  if (name == "rms") return NormKind::kRms;
-  Check(name == "layer", "[spec] norm is rms or layer, got '", name, "'");
-  return NormKind::kLayer;
-}
-
-LogitsWanted LogitsWantedFromName(const std::string& name) {
-  if (name == "none") return LogitsWanted::kNone;
-  if (name == "last") return LogitsWanted::kLast;
-  Check(name == "all", "[forward] logits is none, last or all, got '", name, "'");
-  return LogitsWanted::kAll;
+template <typename Value, size_t kSize>
+const char* NameOf(const Named<Value> (&table)[kSize], Value value) {
+  return std::find_if(std::begin(table), std::end(table),
+                      [&](const auto& entry) { return entry.value == value; })
+      ->name;
 }
 
 py::array_t<float> Forward(Transformer& transformer,
                            const std::vector<std::pair<py::array, SequenceState*>>& batch,
                            const std::string& logits) {
-  const LogitsWanted wanted = LogitsWantedFromName(logits);
+  const LogitsWanted wanted = FromName(kLogitsWanted, "[forward] logits", logits);
   std::vector<BatchItem> items;
   for (const auto& [tokens, state] : batch) {
     items.push_back({TakeArray<int32_t>(tokens, 1, "forward", "tokens"), state});
@@ -116,9 +128,9 @@ void register_model(py::module_& model) {
                  .attention_soft_cap = attention_soft_cap,
                  .window = window,
                  .ffn_size = ffn_size,
-                 .activation = ActivationFromName(activation),
+                 .activation = FromName(kActivations, "[spec] activation", activation),
                  .gated = gated,
-                 .norm = NormKindFromName(norm),
+                 .norm = FromName(kNorms, "[spec] norm", norm),
                  .parallel = parallel,
                  .residual_scale = residual_scale,
                  .projection_bias = projection_bias,
@@ -137,7 +149,30 @@ void register_model(py::module_& model) {
            py::arg("residual_scale") = 1.0f, py::arg("projection_bias") = false,
            py::arg("output_bias") = false, py::arg("ffn_bias") = false,
            py::arg("head_norms") = false, py::arg("sub_norms") = false,
-           py::arg("post_norms") = false);
+           py::arg("post_norms") = false)
+      .def_readonly("heads", &LayerSpec::heads)
+      .def_readonly("kv_heads", &LayerSpec::kv_heads)
+      .def_readonly("head_dim", &LayerSpec::head_dim)
+      .def_readonly("rotation", &LayerSpec::rotation)
+      .def_readonly("rotation_scale", &LayerSpec::rotation_scale)
+      .def_readonly("attention_scale", &LayerSpec::attention_scale)
+      .def_readonly("attention_soft_cap", &LayerSpec::attention_soft_cap)
+      .def_readonly("window", &LayerSpec::window)
+      .def_readonly("ffn_size", &LayerSpec::ffn_size)
+      .def_readonly("gated", &LayerSpec::gated)
+      .def_readonly("parallel", &LayerSpec::parallel)
+      .def_readonly("residual_scale", &LayerSpec::residual_scale)
+      .def_readonly("projection_bias", &LayerSpec::projection_bias)
+      .def_readonly("output_bias", &LayerSpec::output_bias)
+      .def_readonly("ffn_bias", &LayerSpec::ffn_bias)
+      .def_readonly("head_norms", &LayerSpec::head_norms)
+      .def_readonly("sub_norms", &LayerSpec::sub_norms)
+      .def_readonly("post_norms", &LayerSpec::post_norms)
+      .def_property_readonly(
+          "activation",
+          [](const LayerSpec& layer) { return NameOf(kActivations, layer.activation); })
+      .def_property_readonly("norm",
+                             [](const LayerSpec& layer) { return NameOf(kNorms, layer.norm); });
   py::class_<ModelSpec>(model, "ModelSpec", "A decoder as data.")
       .def(py::init([](size_t vocab_size, size_t hidden_size, size_t context_length,
                        float norm_epsilon, const std::vector<LayerSpec>& layers, bool tied_head,
@@ -167,6 +202,14 @@ void register_model(py::module_& model) {
       .def_readonly("vocab_size", &ModelSpec::vocab_size)
       .def_readonly("hidden_size", &ModelSpec::hidden_size)
       .def_readonly("context_length", &ModelSpec::context_length)
+      .def_readonly("norm_epsilon", &ModelSpec::norm_epsilon)
+      .def_readonly("layers", &ModelSpec::layers)
+      .def_readonly("tied_head", &ModelSpec::tied_head)
+      .def_readonly("head_bias", &ModelSpec::head_bias)
+      .def_readonly("embedding_scale", &ModelSpec::embedding_scale)
+      .def_readonly("position_embedding", &ModelSpec::position_embedding)
+      .def_readonly("norm_offset", &ModelSpec::norm_offset)
+      .def_readonly("logit_soft_cap", &ModelSpec::logit_soft_cap)
       .def(
           "slots",
           [](const ModelSpec& spec) {

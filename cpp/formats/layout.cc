@@ -9,6 +9,7 @@
 #include "base/aligned.h"
 #include "base/check.h"
 #include "formats/hf_packed.h"
+#include "formats/onebit.h"
 #include "formats/t16.h"
 
 namespace tf {
@@ -20,12 +21,14 @@ struct LayoutEntry {
   Alphabet alphabet;
 };
 
-constexpr std::array<LayoutEntry, 6> kLayouts = {{
+constexpr std::array<LayoutEntry, 8> kLayouts = {{
     {Layout::kF32, "f32", Alphabet::kFloat},
     {Layout::kF16, "f16", Alphabet::kFloat},
     {Layout::kBf16, "bf16", Alphabet::kFloat},
     {Layout::kInt8, "int8", Alphabet::kInt8},
     {Layout::kHfPacked, "hf_packed", Alphabet::kTrit},
+    {Layout::kOnebit, "onebit", Alphabet::kTrit},
+    {Layout::kOnebitBinary, "onebit_binary", Alphabet::kTrit},
     {Layout::kT16, "t16", Alphabet::kTrit},
 }};
 
@@ -62,6 +65,10 @@ size_t LayoutBytes(Layout layout, size_t rows, size_t cols) {
       return rows * cols;
     case Layout::kHfPacked:
       return HfPackedBytes(rows, cols);
+    case Layout::kOnebit:
+      return OnebitTernaryBytes(rows, cols);
+    case Layout::kOnebitBinary:
+      return OnebitBinaryBytes(rows, cols);
     case Layout::kT16:
       return T16Bytes(rows, cols);
   }

@@ -11,12 +11,14 @@
 namespace tf {
 
 enum class Layout : uint8_t {
-  kF32,       // row-major floats
-  kF16,       // row-major IEEE binary16
-  kBf16,      // row-major bfloat16
-  kInt8,      // row-major signed bytes
-  kHfPacked,  // Hugging Face "bitnet": uint8 [rows / 4, cols], see formats/hf_packed.h
-  kT16,       // run-time tiles of 16 rows x 16 columns, see formats/t16.h
+  kF32,           // row-major floats
+  kF16,           // row-major IEEE binary16
+  kBf16,          // row-major bfloat16
+  kInt8,          // row-major signed bytes
+  kHfPacked,      // Hugging Face "bitnet": uint8 [rows / 4, cols], see formats/hf_packed.h
+  kOnebit,        // 2 bits a weight, as in .1bit files, see formats/onebit.h
+  kOnebitBinary,  // 1 bit a weight, as in .1bit files
+  kT16,           // run-time tiles of 16 rows x 16 columns, see formats/t16.h
 };
 
 // The alphabet whose codes this layout holds.

@@ -42,7 +42,7 @@ class formats:
 
         def __init__(
             self,
-            layout: str,  # "f32" "f16" "bf16" "int8" "hf_packed" "t16"
+            layout: str,  # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16"
             rows: int,
             cols: int,
             data: object,  # any contiguous read-only buffer of the layout's size (memoryview, mmap slice, ndarray)
@@ -152,6 +152,26 @@ class model:
             sub_norms: bool = False,
             post_norms: bool = False,
         ) -> None: ...
+        heads: int
+        kv_heads: int
+        head_dim: int
+        rotation: list[float]
+        rotation_scale: float
+        attention_scale: float
+        attention_soft_cap: float
+        window: int
+        ffn_size: int
+        activation: str
+        gated: bool
+        norm: str
+        parallel: bool
+        residual_scale: float
+        projection_bias: bool
+        output_bias: bool
+        ffn_bias: bool
+        head_norms: bool
+        sub_norms: bool
+        post_norms: bool
 
     class ModelSpec:
         def __init__(
@@ -172,6 +192,14 @@ class model:
         vocab_size: int
         hidden_size: int
         context_length: int
+        norm_epsilon: float
+        layers: list[model.LayerSpec]
+        tied_head: bool
+        head_bias: bool
+        embedding_scale: float
+        position_embedding: bool
+        norm_offset: float
+        logit_soft_cap: float
         def slots(self) -> dict[str, tuple[int, int]]: ...
         # every weight by name with its shape (rows, cols), vectors as (1, size): embedding, final_norm (of the last
         # layer's kind), head (absent when tied), where the model has them head_bias and position_embedding

@@ -112,8 +112,8 @@ def test_slots(layer: dict[str, Any], model: dict[str, Any], gone: set[str], the
     [
         ({"residual_scale": 0.0}, "residual_scale is positive, got 0"),
         ({"residual_scale": float("nan")}, "residual_scale is positive, got nan"),
-        ({"activation": "tanh"}, "activation is silu, relu, relu2, gelu or gelu_erf, got 'tanh'"),
-        ({"norm": "batch"}, "norm is rms or layer, got 'batch'"),
+        ({"activation": "tanh"}, "activation is one of silu, relu, relu2, gelu, gelu_erf, got 'tanh'"),
+        ({"norm": "batch"}, "norm is one of rms, layer, got 'batch'"),
         ({"rotation": [1.0] * 10}, "at most half as many frequencies"),
     ],
 )
