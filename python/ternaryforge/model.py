@@ -17,6 +17,7 @@ from ternaryforge.checkpoint import Checkpoint, read_json
 from ternaryforge.evaluation import EvaluationResult, Protocol, evaluate
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.generation import Generation, GenerationOptions, GenerationResult, PieceStream
+from ternaryforge.onebit import read_onebit
 from ternaryforge.quantization import Quantization
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class TernaryModel:
         threads: int | None = None,
         activations: Activations | None = None,
     ) -> Self:
-        """Loads a folder, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
+        """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
         `threads`: None takes the physical cores that this process may use. `activations`: "int8" or
         "float"; None does what the checkpoint says (float for dense weights). Raises FormatError for
@@ -67,6 +68,8 @@ class TernaryModel:
         if activations not in (None, "int8", "float"):
             raise ValueError(f"[load] activations must be 'int8' or 'float', got {activations!r}")
         path = find_source(source)
+        if path.suffix == ".1bit":
+            return cls._from_onebit(path, threads=threads or _core.parallel.default_threads(), activations=activations)
         checkpoint = Checkpoint.open(path)
         if not checkpoint.config:
             raise FormatError(f"[load] '{path}' has no config.json; name the folder of a checkpoint")
@@ -83,7 +86,21 @@ class TernaryModel:
             architecture=architecture,
             transformer=transformer,
             tokenizer=tokenizer,
-            eos_ids=_eos_ids(path, architecture, tokenizer),
+            eos_ids=find_eos_ids(path, architecture, tokenizer),
+        )
+
+    @classmethod
+    def _from_onebit(cls, path: Path, *, threads: int, activations: Activations | None) -> Self:
+        file = read_onebit(path)
+        weights = {slot: tensor.packed() for slot, tensor in file.tensors.items()}
+        return cls(
+            path=path,
+            architecture=file.architecture,
+            transformer=_core.model.Transformer(
+                file.architecture.spec, weights, activations=activations or file.activations, threads=threads
+            ),
+            tokenizer=file.tokenizer,
+            eos_ids=file.architecture.eos_ids,
         )
 
     @classmethod
@@ -425,7 +442,7 @@ def _is_batch(prompt: object) -> bool:
     return bool(prompt) and isinstance(prompt[0], str | Sequence | np.ndarray)
 
 
-def _eos_ids(path: Path, architecture: Architecture, tokenizer: Tokenizer | None) -> list[int]:
+def find_eos_ids(path: Path, architecture: Architecture, tokenizer: Tokenizer | None) -> list[int]:
     """The union of what config.json, generation_config.json and the tokenizer call an end token."""
     ids = set(architecture.eos_ids)
     generation_config = path / "generation_config.json"
