@@ -127,7 +127,7 @@ def test_scales_that_do_not_fit_are_refused(keywords: dict[str, object], message
 def test_a_buffer_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 64 bytes, got 60"):
         formats.PackedTensor("f32", 4, 4, np.zeros(15, np.float32))
-    with pytest.raises(ValueError, match="one of f32, f16, bf16, int8, hf_packed, t16, not 'q4'"):
+    with pytest.raises(ValueError, match=r"one of f32, f16, .*, not 'q4'"):
         formats.PackedTensor("q4", 4, 4, np.zeros(16, np.float32))
 
 
