@@ -18,6 +18,12 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def many_workers() -> None:
+    """Lets calls have as many workers as they ask for, so that shares of many are tested on few CPUs."""
+    _core.parallel.limit_workers(on=False)
+
+
 @pytest.fixture(params=_core.simd.supported_targets())
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
     """Forces each target of this CPU in turn, and proves that dispatch reaches it."""

@@ -44,15 +44,7 @@ void Pause() {
 // ever.
 std::atomic<bool> openmp_is_safe{true};
 
-#ifdef TERNARYFORGE_OPENMP
-void WatchFork() {
-#ifndef _WIN32
-  static const bool watching =
-      pthread_atfork(nullptr, nullptr, [] { openmp_is_safe = false; }) == 0;
-  (void)watching;
-#endif
-}
-#endif
+std::atomic<bool> teams_are_limited{true};
 
 #ifdef __linux__
 // One identifier per physical core for every CPU in the affinity mask; a CPU whose topology cannot
@@ -81,17 +73,30 @@ size_t CoresInQuota() {
 }
 #endif
 
+// CPUs that this process may use now, cores with several threads counted by thread; at least 1.
+size_t UsableCpus() {
+  size_t cpus = std::thread::hardware_concurrency();
+#ifdef __linux__
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) cpus = static_cast<size_t>(CPU_COUNT(&mask));
+  static const size_t quota = CoresInQuota();
+  if (quota > 0) cpus = std::min(cpus, quota);
+#endif
+  return std::max<size_t>(1, cpus);
+}
+
 }  // namespace
 
 void Worker::Barrier() {
   if (count_ == 1) return;
   const size_t target = ++round_ * count_;
   arrived_->fetch_add(1, std::memory_order_acq_rel);
-  // Most waits are shorter than a system call; beyond that, and with more threads than cores, let
-  // others run.
-  constexpr int kSpins = 4000;
+  // Most waits are shorter than a system call; beyond that let others run. With more workers than
+  // CPUs the one waited for needs the CPU of one who waits: let it run at once.
+  const int spins = crowded_ ? 0 : 4000;
   for (int spin = 0; arrived_->load(std::memory_order_acquire) < target; ++spin) {
-    if (spin < kSpins) {
+    if (spin < spins) {
       Pause();
     } else {
       std::this_thread::yield();
@@ -105,18 +110,20 @@ Team::Team(size_t threads) : threads_(threads) {
 
 void Team::RunErased(Erased call, void* function) const {
   std::atomic<size_t> arrived{0};
-  if (threads_ == 1) {
-    Worker worker(0, 1, &arrived);
+  const size_t cpus = threads_ == 1 ? 1 : UsableCpus();
+  const size_t workers = teams_are_limited ? std::min(threads_, cpus) : threads_;
+  if (workers == 1) {
+    Worker worker(0, 1, &arrived, false);
     call(function, worker);
     return;
   }
+  const bool crowded = workers > cpus;
 #ifdef TERNARYFORGE_OPENMP
-  WatchFork();
   if (openmp_is_safe) {
-#pragma omp parallel num_threads(static_cast<int>(threads_))
+#pragma omp parallel num_threads(static_cast<int>(workers))
     {
       Worker worker(static_cast<size_t>(omp_get_thread_num()),
-                    static_cast<size_t>(omp_get_num_threads()), &arrived);
+                    static_cast<size_t>(omp_get_num_threads()), &arrived, crowded);
       call(function, worker);
     }
     return;
@@ -125,19 +132,19 @@ void Team::RunErased(Erased call, void* function) const {
   // Threads learn their count once all that the system grants have started.
   std::atomic<size_t> count{0};
   std::vector<std::thread> others;
-  others.reserve(threads_ - 1);
+  others.reserve(workers - 1);
   try {
-    for (size_t index = 1; index < threads_; ++index) {
+    for (size_t index = 1; index < workers; ++index) {
       others.emplace_back([=, &arrived, &count] {
         while (count.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-        Worker worker(index, count.load(std::memory_order_relaxed), &arrived);
+        Worker worker(index, count.load(std::memory_order_relaxed), &arrived, crowded);
         call(function, worker);
       });
     }
   } catch (const std::system_error&) {  // refused: go on with those that started
   }
   count.store(others.size() + 1, std::memory_order_release);
-  Worker worker(0, others.size() + 1, &arrived);
+  Worker worker(0, others.size() + 1, &arrived, crowded);
   call(function, worker);
   for (std::thread& other : others) other.join();
 }
@@ -158,6 +165,16 @@ size_t DefaultThreads() {
   if (const size_t quota = CoresInQuota(); quota > 0) cores = std::min(cores, quota);
 #endif
   return std::max<size_t>(1, cores);
+}
+
+void LimitTeams(bool on) { teams_are_limited = on; }
+
+void WatchForks() {
+#ifndef _WIN32
+  static const bool watching =
+      pthread_atfork(nullptr, nullptr, [] { openmp_is_safe = false; }) == 0;
+  Check(watching, "[threads] pthread_atfork failed: out of memory");
+#endif
 }
 
 std::string_view ParallelBackend() {

@@ -18,8 +18,9 @@ struct Range {
 // One thread inside Team::Run.
 class Worker {
  public:
-  Worker(size_t index, size_t count, std::atomic<size_t>* arrived)
-      : index_(index), count_(count), arrived_(arrived) {}
+  // `crowded`: more workers than CPUs, so that nobody should spin for long.
+  Worker(size_t index, size_t count, std::atomic<size_t>* arrived, bool crowded)
+      : index_(index), count_(count), arrived_(arrived), crowded_(crowded) {}
 
   size_t index() const { return index_; }
   size_t count() const { return count_; }
@@ -40,11 +41,12 @@ class Worker {
   size_t count_;
   std::atomic<size_t>* arrived_;  // counts arrivals, never reset: round r ends at (r + 1) * count
   size_t round_ = 0;
+  bool crowded_;
 };
 
 // A number of threads that run one function together. Threads come from OpenMP where the build has
-// it and the process was not forked after using it, else they are std::threads of the call. Holds
-// no threads itself, changes no global state, and may be used from several Python threads at once.
+// it and the process is not the child of a fork, else they are std::threads of the call. Holds no
+// threads itself, changes no global state, and may be used from several Python threads at once.
 class Team {
  public:
   // `threads` >= 1.
@@ -53,8 +55,9 @@ class Team {
   size_t threads() const { return threads_; }
 
   // Calls run(worker) once on every worker, the calling thread included, and returns when all have.
-  // `run` must not throw. May have fewer workers than `threads` when the system refuses more: use
-  // worker.count().
+  // `run` must not throw. Fewer workers than `threads` when the process may use fewer CPUs now
+  // (affinity mask, cgroup quota), since two workers on one CPU only wait for each other, and when
+  // the system refuses more: use worker.count(). No result may depend on the number.
   template <typename Function>
   void Run(Function&& run) const {
     using Plain = std::remove_reference_t<Function>;
@@ -73,6 +76,14 @@ class Team {
 // number), else the physical cores that this process may use: within its affinity mask and its
 // cgroup's CPU quota; at least 1.
 size_t DefaultThreads();
+
+// Whether teams take no more workers than the process may use CPUs; they do at first. Off for
+// tests, which share work among many workers on small machines.
+void LimitTeams(bool on);
+
+// Makes teams of forked children leave OpenMP alone, whose threads, ours or another library's, do
+// not survive a fork. Called once, before the first fork that matters.
+void WatchForks();
 
 // "openmp" or "std::thread": what Team::Run uses now.
 std::string_view ParallelBackend();

@@ -35,6 +35,10 @@ class parallel:
     def default_threads() -> int: ...
     @staticmethod
     def backend() -> str: ...  # "openmp" or "std::thread"
+    @staticmethod
+    def workers(threads: int) -> int: ...  # that a call with so many threads really has
+    @staticmethod
+    def limit_workers(*, on: bool) -> None: ...  # no more workers than CPUs (the default); off only in tests
 
 class formats:
     class PackedTensor:
