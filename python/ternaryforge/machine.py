@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine that a benchmark ran on: what it is, and what it can do at most."""
 
+import dataclasses
 import os
 import platform
 import time
@@ -32,6 +33,17 @@ class Machine(Report):
     thread_backend: str
     read_bandwidth: dict[int, float] = field(repr=False)
     dot_peak: dict[str, dict[int, float]] = field(repr=False)
+
+    def best(self, other: "Machine") -> "Machine":
+        """The higher rates of two measurements of the same threads and targets."""
+        return dataclasses.replace(
+            self,
+            read_bandwidth={n: max(rate, other.read_bandwidth[n]) for n, rate in self.read_bandwidth.items()},
+            dot_peak={
+                target: {n: max(rate, other.dot_peak[target][n]) for n, rate in rates.items()}
+                for target, rates in self.dot_peak.items()
+            },
+        )
 
 
 def measure_machine(
