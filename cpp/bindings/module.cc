@@ -22,6 +22,7 @@ PYBIND11_MODULE(_core, m) {
   tf::register_kernels(kernels);
   tf::register_float_kernels(kernels);
   tf::register_machine_limits(kernels);
+  tf::register_head(kernels);
   auto quant = m.def_submodule("quant", "Quantizers");
   tf::register_quant(quant);
   auto model = m.def_submodule("model", "The decoder");

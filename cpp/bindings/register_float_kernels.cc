@@ -5,14 +5,16 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
+#include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/aligned.h"
 #include "base/check.h"
 #include "bindings/array.h"
+#include "bindings/kv_type.h"
 #include "kernels/activation.h"
 #include "kernels/attention.h"
 #include "kernels/norm.h"
@@ -156,56 +158,65 @@ Floats PyGeluErfMultiply(const py::array& gate, const py::array& up) {
   return MapPairs(&GeluErfMultiply, gate, up, "gelu_erf_multiply");
 }
 
-// Keys and values in cache blocks that lie in memory in reverse order, with NaN wherever no token
-// is, so that attention has to follow the block pointers and must not read too far.
+// Keys and values in cache blocks that lie in memory in reverse order, with all bits set wherever
+// no token is, so that attention has to follow the block pointers and must not read too far.
 class ReversedCache {
  public:
-  ReversedCache(std::span<const float> keys, std::span<const float> values, size_t head_dim)
-      : head_dim_(head_dim), storage_(2 * BlockFloats() * BlockCount(keys.size())) {
-    std::fill_n(storage_.data(), storage_.size(), std::numeric_limits<float>::quiet_NaN());
-    const size_t count = BlockCount(keys.size());
+  ReversedCache(KvType type, std::span<const float> keys, std::span<const float> values,
+                size_t head_dim)
+      : head_bytes_(KvHeadBytes(type, head_dim)) {
+    const size_t length = keys.size() / head_dim;
+    const size_t count = DivCeil(length, kKvBlockTokens);
+    storage_ = AlignedArray<uint8_t>(2 * head_bytes_ * count);
+    std::fill_n(storage_.data(), storage_.size(), uint8_t{0xFF});
     for (size_t block = 0; block < count; ++block) {
-      float* data = storage_.data() + (count - 1 - block) * 2 * BlockFloats();
-      const size_t begin = block * BlockFloats();
-      const size_t size = std::min(BlockFloats(), keys.size() - begin);
-      std::copy_n(keys.data() + begin, size, data);
-      std::copy_n(values.data() + begin, size, data + BlockFloats());
+      uint8_t* data = storage_.data() + (count - 1 - block) * 2 * head_bytes_;
+      const size_t begin = block * kKvBlockTokens;
+      for (size_t t = begin; t < std::min(begin + kKvBlockTokens, length); ++t) {
+        StoreKv(type, keys.data() + t * head_dim, head_dim, t - begin, data);
+        StoreKv(type, values.data() + t * head_dim, head_dim, t - begin, data + head_bytes_);
+      }
       blocks_.push_back(data);
     }
   }
 
-  KvHead keys() const { return {blocks_.data(), 0, head_dim_}; }
-  KvHead values() const { return {blocks_.data(), BlockFloats(), head_dim_}; }
+  KvHead keys() const { return {blocks_.data(), 0}; }
+  KvHead values() const { return {blocks_.data(), head_bytes_}; }
 
  private:
-  size_t BlockFloats() const { return kKvBlockTokens * head_dim_; }
-  size_t BlockCount(size_t floats) const { return DivCeil(floats, BlockFloats()); }
-
-  size_t head_dim_;
-  AlignedArray<float> storage_;
-  std::vector<const float*> blocks_;
+  size_t head_bytes_;
+  AlignedArray<uint8_t> storage_;
+  std::vector<const uint8_t*> blocks_;
 };
 
-Floats PyAttendHead(const py::array& query, const py::array& keys, const py::array& values,
-                    float scale, size_t begin, float soft_cap) {
-  const auto query_span = TakeFloats(query, 1, "attend_head", "query");
-  const auto keys_span = TakeFloats(keys, 2, "attend_head", "keys");
-  const auto values_span = TakeFloats(values, 2, "attend_head", "values");
-  const size_t head_dim = RowSize(query, "attend_head", "query");
+Floats PyAttend(const py::array& queries, const py::array& keys, const py::array& values,
+                float scale, size_t begin, float soft_cap, const std::string& kv) {
+  const KvType type = KvTypeFromName(kv);
+  const auto query_span = TakeFloats(queries, 2, "attend", "queries");
+  const auto keys_span = TakeFloats(keys, 2, "attend", "keys");
+  const auto values_span = TakeFloats(values, 2, "attend", "values");
+  const size_t head_dim = RowSize(queries, "attend", "queries");
   const size_t length = static_cast<size_t>(keys.shape(0));
   const std::vector<size_t> expected{length, head_dim};
   Check(length > 0 && ShapeOf(keys) == expected && ShapeOf(values) == expected,
-        "[attend_head] keys and values are [tokens, ", head_dim, "] with at least one token, got [",
+        "[attend] keys and values are [tokens, ", head_dim, "] with at least one token, got [",
         keys.shape(0), ", ", keys.shape(1), "] and [", values.shape(0), ", ", values.shape(1), "]");
-  Check(begin < length, "[attend_head] begin lies below ", length, " tokens, got ", begin);
-  Floats out(ShapeOf(query));
+  Check(begin < length, "[attend] begin lies below ", length, " tokens, got ", begin);
+  Floats out(ShapeOf(queries));
   const auto out_span = SpanOf(out);
   {
     py::gil_scoped_release unlocked;
-    const ReversedCache cache(keys_span, values_span, head_dim);
-    AlignedArray<float> scores(length);
-    AttendHead(query_span.data(), cache.keys(), cache.values(), {begin, length, scale, soft_cap},
-               scores.data(), out_span.data());
+    const ReversedCache cache(type, keys_span, values_span, head_dim);
+    const size_t heads = query_span.size() / head_dim;
+    AlignedArray<float> scratch(AttentionScratch(heads, head_dim));
+    AttendAll({type,
+               head_dim,
+               heads,
+               query_span.data(),
+               cache.keys(),
+               cache.values(),
+               {begin, length, scale, soft_cap}},
+              scratch.data(), out_span.data());
   }
   return out;
 }
@@ -230,10 +241,11 @@ void register_float_kernels(py::module_& kernels) {
   kernels.def("relu_squared_multiply", &PyReluSquaredMultiply, py::arg("gate"), py::arg("up"),
               "max(gate, 0)^2 * up.");
   kernels.def(
-      "attend_head", &PyAttendHead, py::arg("query"), py::arg("keys"), py::arg("values"),
-      py::arg("scale"), py::kw_only(), py::arg("begin") = 0, py::arg("soft_cap") = 0.0f,
-      "softmax(scale * keys query) values of one head, from keys and values [tokens, n]; only "
-      "tokens from `begin` on, scores s as soft_cap * tanh(s / soft_cap) unless that is 0.");
+      "attend", &PyAttend, py::arg("queries"), py::arg("keys"), py::arg("values"), py::arg("scale"),
+      py::kw_only(), py::arg("begin") = 0, py::arg("soft_cap") = 0.0f, py::arg("kv") = "f32",
+      "softmax(scale * keys query) values of query heads [heads, n] that share one KV head, from "
+      "keys and values [tokens, n] stored as kv; only tokens from `begin` on, scores s as soft_cap "
+      "* tanh(s / soft_cap) unless that is 0.");
   kernels.def("gelu_multiply", &PyGeluMultiply, py::arg("gate"), py::arg("up"),
               "gelu(gate) * up, in the tanh form.");
   kernels.def("gelu_erf_multiply", &PyGeluErfMultiply, py::arg("gate"), py::arg("up"),

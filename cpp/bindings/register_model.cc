@@ -17,6 +17,8 @@
 
 #include "bindings/activation_mode.h"
 #include "bindings/array.h"
+#include "bindings/head_mode.h"
+#include "bindings/kv_type.h"
 #include "bindings/registers.h"
 #include "model/spec.h"
 #include "model/transformer.h"
@@ -73,6 +75,16 @@ py::array_t<float> Forward(Transformer& transformer,
   const py::gil_scoped_release release;
   transformer.Forward(items, wanted, result);
   return out;
+}
+
+std::vector<int32_t> LikeliestTokens(
+    Transformer& transformer, const std::vector<std::pair<py::array, SequenceState*>>& batch) {
+  std::vector<BatchItem> items;
+  for (const auto& [tokens, state] : batch) {
+    items.push_back({TakeArray<int32_t>(tokens, 1, "forward", "tokens"), state});
+  }
+  const py::gil_scoped_release release;
+  return transformer.LikeliestTokens(items);
 }
 
 py::dict PartSeconds(Transformer& transformer) {
@@ -227,31 +239,43 @@ void register_model(py::module_& model) {
                           "The decoder, with weights repacked for this machine.")
       .def(py::init(
                [](const ModelSpec& spec, std::map<std::string, PackedTensor> weights,
-                  const std::string& activations, size_t threads,
+                  const std::string& activations, const std::string& kv, const std::string& head,
+                  size_t threads,
                   const std::map<std::string, std::tuple<py::array, py::array, float>>& adapters) {
                  const ActivationMode mode = ActivationModeFromName(activations);
+                 const KvType kv_type = KvTypeFromName(kv);
+                 const HeadMode head_mode = HeadModeFromName(head);
                  Adapters taken = TakeAdapters(adapters);
                  const py::gil_scoped_release release;
                  return std::make_unique<Transformer>(spec, std::move(weights), std::move(taken),
-                                                      mode, threads);
+                                                      mode, kv_type, head_mode, threads);
                }),
            py::arg("spec"), py::arg("weights"), py::kw_only(), py::arg("activations"),
-           py::arg("threads"), py::arg("adapters") = py::dict())
+           py::arg("kv") = "f32", py::arg("head") = "exact", py::arg("threads"),
+           py::arg("adapters") = py::dict())
       .def_property_readonly("spec", &Transformer::spec)
       .def_property_readonly("threads", [](const Transformer& t) { return t.team().threads(); })
       .def_property_readonly("activations",
                              [](const Transformer& t) { return ActivationModeName(t.mode()); })
       .def_property_readonly("weight_bytes", &Transformer::weight_bytes)
       .def_property_readonly("token_bytes", &Transformer::token_bytes)
-      .def_property_readonly("kv_bytes_per_token", &Transformer::kv_bytes_per_token)
       .def_property_readonly("layout", [](const Transformer& t) { return std::string(t.layout()); })
+      .def_property_readonly("kv",
+                             [](const Transformer& t) { return KvTypeName(t.cache().type()); })
+      .def_property_readonly("head",
+                             [](const Transformer& t) { return HeadModeName(t.head_mode()); })
+      .def_property_readonly("head_bytes", &Transformer::head_bytes)
+      .def_property_readonly("kv_bytes_per_token",
+                             [](const Transformer& t) { return t.cache().bytes_per_token(); })
       .def("new_sequence", &Transformer::NewSequence)
       .def("time_parts", &Transformer::TimeParts, py::arg("on"),
            py::call_guard<py::gil_scoped_release>(),
            "Starts, from zero, or ends adding up where the time of forward passes goes.")
       .def("part_seconds", &PartSeconds, "Seconds since time_parts by part of the forward pass.")
       .def("forward", &Forward, py::arg("batch"), py::kw_only(), py::arg("logits") = "last",
-           "Appends tokens to sequences; logits [sequences or tokens, vocab].");
+           "Appends tokens to sequences; logits [sequences or tokens, vocab].")
+      .def("likeliest_tokens", &LikeliestTokens, py::arg("batch"),
+           "Appends tokens to sequences; the likeliest next token of each.");
 }
 
 }  // namespace tf

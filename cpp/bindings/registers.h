@@ -12,6 +12,7 @@ void register_formats(pybind11::module_& module);
 void register_kernels(pybind11::module_& module);
 void register_float_kernels(pybind11::module_& module);
 void register_machine_limits(pybind11::module_& module);
+void register_head(pybind11::module_& module);
 void register_quant(pybind11::module_& module);
 void register_model(pybind11::module_& module);
 void register_runtime(pybind11::module_& module);

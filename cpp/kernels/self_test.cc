@@ -208,24 +208,39 @@ void TestVectors(Tester& test, size_t size) {
 }
 
 void TestAttention(Tester& test, size_t head_dim, size_t begin, size_t length, float soft_cap) {
-  const size_t block_floats = kKvBlockTokens * head_dim, blocks = DivCeil(length, kKvBlockTokens);
-  const std::vector<float> query = test.Floats(head_dim);
-  const std::vector<float> keys = test.Floats(blocks * block_floats),
-                           values = test.Floats(blocks * block_floats);
-  std::vector<const float*> key_blocks, value_blocks;
+  const size_t head_bytes = KvHeadBytes(KvType::kF32, head_dim);
+  const size_t blocks = DivCeil(length, kKvBlockTokens), heads = 3;
+  const std::vector<float> queries = test.Floats(heads * head_dim);
+  const std::vector<float> keys = test.Floats(length * head_dim),
+                           values = test.Floats(length * head_dim);
+  AlignedArray<uint8_t> cache(2 * head_bytes * blocks);
+  std::vector<const uint8_t*> block_starts;
   for (size_t block = 0; block < blocks; ++block) {
-    key_blocks.push_back(keys.data() + block * block_floats);
-    value_blocks.push_back(values.data() + block * block_floats);
+    block_starts.push_back(cache.data() + 2 * block * head_bytes);
   }
-  std::vector<float> scores(length), out(head_dim);
+  for (size_t t = 0; t < length; ++t) {
+    uint8_t* block = cache.data() + 2 * (t / kKvBlockTokens) * head_bytes;
+    const size_t slot = t % kKvBlockTokens;
+    StoreKv(KvType::kF32, keys.data() + t * head_dim, head_dim, slot, block);
+    StoreKv(KvType::kF32, values.data() + t * head_dim, head_dim, slot, block + head_bytes);
+  }
+  std::vector<float> scratch(AttentionScratch(heads, head_dim)), out(heads * head_dim);
   std::vector<double> expected(head_dim);
-  AttendHead(query.data(), {key_blocks.data(), 0, head_dim}, {value_blocks.data(), 0, head_dim},
-             {begin, length, 0.3f, soft_cap}, scores.data(), out.data());
-  reference::AttendHead(query.data(), keys.data() + begin * head_dim,
-                        values.data() + begin * head_dim, head_dim, length - begin, 0.3f, soft_cap,
-                        expected.data());
-  for (size_t i = 0; i < head_dim; ++i) {
-    test.ExpectNear("attention", expected[i], static_cast<double>(out[i]), 4.0);
+  AttendAll({KvType::kF32,
+             head_dim,
+             heads,
+             queries.data(),
+             {block_starts.data(), 0},
+             {block_starts.data(), head_bytes},
+             {begin, length, 0.3f, soft_cap}},
+            scratch.data(), out.data());
+  for (size_t head = 0; head < heads; ++head) {
+    reference::AttendHead(queries.data() + head * head_dim, keys.data() + begin * head_dim,
+                          values.data() + begin * head_dim, head_dim, length - begin, 0.3f,
+                          soft_cap, expected.data());
+    for (size_t i = 0; i < head_dim; ++i) {
+      test.ExpectNear("attention", expected[i], static_cast<double>(out[head * head_dim + i]), 4.0);
+    }
   }
 }
 
@@ -243,7 +258,7 @@ std::vector<std::string> SelfTest() {
     TestDenseLinear(test, rows, std::min<size_t>(cols, 300), 3);
   }
   for (const size_t size : {1u, 2u, 15u, 16u, 17u, 31u, 64u, 1001u}) TestVectors(test, size);
-  for (const size_t length : {1u, 31u, 32u, 33u, 100u}) {
+  for (const size_t length : {1u, 31u, 32u, 33u, 100u, 600u}) {
     TestAttention(test, 8, 0, length, 0.0f);
     TestAttention(test, 80, length / 3, length, 2.0f);
   }

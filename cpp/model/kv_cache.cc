@@ -3,41 +3,40 @@
 #include "model/kv_cache.h"
 
 #include "base/check.h"
-#include "kernels/attention.h"
 
 namespace tf {
 
-KvCache::KvCache(const ModelSpec& spec) {
+KvCache::KvCache(const ModelSpec& spec, KvType type) : type_(type) {
   for (const LayerSpec& layer : spec.layers) {
-    const size_t head_floats = kKvBlockTokens * layer.head_dim;
-    layers_.push_back({block_floats_, layer.kv_heads, head_floats});
-    block_floats_ += 2 * layer.kv_heads * head_floats;
+    const size_t head_bytes = KvHeadBytes(type, layer.head_dim);
+    layers_.push_back({block_bytes_, layer.kv_heads, head_bytes});
+    block_bytes_ += 2 * layer.kv_heads * head_bytes;
   }
 }
 
 size_t KvCache::KeyOffset(size_t layer, size_t kv_head) const {
   const LayerPlace& place = layers_[layer];
-  return place.offset + kv_head * place.head_floats;
+  return place.offset + kv_head * place.head_bytes;
 }
 
 size_t KvCache::ValueOffset(size_t layer, size_t kv_head) const {
   const LayerPlace& place = layers_[layer];
-  return place.offset + (place.kv_heads + kv_head) * place.head_floats;
+  return place.offset + (place.kv_heads + kv_head) * place.head_bytes;
 }
 
-float* KvCache::Acquire() {
+uint8_t* KvCache::Acquire() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (free_.empty()) {
-    blocks_.emplace_back(block_floats_);
+    blocks_.emplace_back(block_bytes_);
     free_.reserve(blocks_.size());  // so that Release never allocates
     return blocks_.back().data();
   }
-  float* block = free_.back();
+  uint8_t* block = free_.back();
   free_.pop_back();
   return block;
 }
 
-void KvCache::Release(float* block) {
+void KvCache::Release(uint8_t* block) {
   const std::lock_guard<std::mutex> lock(mutex_);
   free_.push_back(block);
 }

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "base/aligned.h"
+#include "kernels/attention.h"
 #include "model/spec.h"
 
 namespace tf {
@@ -16,24 +18,29 @@ namespace tf {
 // layer and KV head: layer after layer, keys before values, head after head, token after token.
 class KvCache {
  public:
-  explicit KvCache(const ModelSpec& spec);
+  KvCache(const ModelSpec& spec, KvType type);
 
-  // Floats from the start of a block to the keys (or the values) of one head.
+  KvType type() const { return type_; }
+  // What one token takes.
+  size_t bytes_per_token() const { return block_bytes_ / kKvBlockTokens; }
+
+  // Bytes from the start of a block to the keys (or the values) of one head.
   size_t KeyOffset(size_t layer, size_t kv_head) const;
   size_t ValueOffset(size_t layer, size_t kv_head) const;
 
-  float* Acquire();
-  void Release(float* block);
+  uint8_t* Acquire();
+  void Release(uint8_t* block);
 
  private:
   struct LayerPlace {
-    size_t offset, kv_heads, head_floats;
+    size_t offset, kv_heads, head_bytes;
   };
+  KvType type_;
   std::vector<LayerPlace> layers_;
-  size_t block_floats_ = 0;
+  size_t block_bytes_ = 0;
   std::mutex mutex_;
-  std::vector<AlignedArray<float>> blocks_;
-  std::vector<float*> free_;
+  std::vector<AlignedArray<uint8_t>> blocks_;
+  std::vector<uint8_t*> free_;
 };
 
 // What the model remembers of one sequence: its length and its blocks. Not copyable; gives its
@@ -46,7 +53,7 @@ class SequenceState {
   SequenceState& operator=(const SequenceState&) = delete;
 
   size_t length() const { return length_; }
-  const std::vector<float*>& blocks() const { return blocks_; }
+  const std::vector<uint8_t*>& blocks() const { return blocks_; }
   const KvCache* cache() const { return cache_.get(); }
 
   // Makes room for `tokens` more, then counts them as present.
@@ -56,7 +63,7 @@ class SequenceState {
 
  private:
   std::shared_ptr<KvCache> cache_;
-  std::vector<float*> blocks_;
+  std::vector<uint8_t*> blocks_;
   size_t length_ = 0;
 };
 

@@ -36,6 +36,10 @@ size_t QuerySize(const LayerSpec& layer) { return layer.heads * layer.head_dim; 
 size_t KvSize(const LayerSpec& layer) { return layer.kv_heads * layer.head_dim; }
 size_t FfnSize(const LayerSpec& layer) { return layer.ffn_size; }
 size_t HeadDim(const LayerSpec& layer) { return layer.head_dim; }
+size_t PartsSize(const LayerSpec& layer) { return layer.heads * AttentionPartSize(layer.head_dim); }
+
+// Slices of at most this many tokens share out attention by chunks of the context too.
+constexpr size_t kSplitTokens = 4;
 
 void Add(const float* delta, float scale, size_t size, float* x) {
   for (size_t i = 0; i < size; ++i) x[i] += scale * delta[i];
@@ -66,12 +70,14 @@ bool SameRotation(const LayerSpec& a, const LayerSpec& b) {
 }  // namespace
 
 Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors,
-                         Adapters adapters, ActivationMode mode, size_t threads)
+                         Adapters adapters, ActivationMode mode, KvType kv, HeadMode head,
+                         size_t threads)
     : spec_(Validated(std::move(spec))),
       team_(threads),
       weights_(TakeWeights(spec_, std::move(tensors), std::move(adapters), team_)),
       mode_(mode),
-      cache_(std::make_shared<KvCache>(spec_)),
+      cache_(std::make_shared<KvCache>(spec_, kv)),
+      head_mode_(head),
       hidden_(kMaxTokens, spec_.hidden_size),
       query_(kMaxTokens, Largest(spec_, QuerySize)),
       key_(kMaxTokens, Largest(spec_, KvSize)),
@@ -84,15 +90,15 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
       input_(kMaxTokens,
              std::max({spec_.hidden_size, Largest(spec_, QuerySize), Largest(spec_, FfnSize)})),
       reduced_(kMaxTokens, kMaxProducts * weights_.MaxRank()),
-      adapter_sums_(weights_.MaxRank() == 0 ? 0 : kMaxTokens, input_.stride()) {
+      adapter_sums_(weights_.MaxRank() == 0 ? 0 : kMaxTokens, input_.stride()),
+      attention_parts_(kSplitTokens * AttentionSpan{0, spec_.context_length, 0, 0}.Chunks() *
+                       Largest(spec_, PartsSize)) {
   std::fill_n(ones_.data(), ones_.size(), 1.0f);
-  for (size_t i = 0; i < threads; ++i) scores_.emplace_back(spec_.context_length);
-}
-
-size_t Transformer::kv_bytes_per_token() const {
-  size_t bytes = 0;
-  for (const LayerSpec& layer : spec_.layers) bytes += 2 * KvSize(layer) * sizeof(float);
-  return bytes;
+  const size_t scratch = Largest(spec_, [](const LayerSpec& layer) {
+    return AttentionScratch(layer.heads / layer.kv_heads, layer.head_dim);
+  });
+  for (size_t i = 0; i < threads; ++i) attention_scratch_.emplace_back(scratch);
+  MakeHead();
 }
 
 void Transformer::TimeParts(bool on) {
@@ -142,12 +148,17 @@ void Transformer::Forward(TokenBatch batch, LogitsWanted wanted, std::span<float
     for (size_t i = 0; i < item.tokens.size(); ++i) {
       const bool wants = wanted == LogitsWanted::kAll ||
                          (wanted == LogitsWanted::kLast && i + 1 == item.tokens.size());
-      positions.push_back({item.tokens[i], item.state, before + i, wants ? next_logits : nullptr});
+      positions.push_back({item.tokens[i], item.state, before + i, wants ? next_logits : nullptr,
+                           nullptr, nullptr});
       if (wants) next_logits += spec_.vocab_size;
     }
   }
+  RunSlices(positions);
+}
+
+void Transformer::RunSlices(std::span<const Position> positions) {
   for (size_t begin = 0; begin < positions.size(); begin += kMaxTokens) {
-    RunSlice(std::span(positions).subspan(begin, std::min(kMaxTokens, positions.size() - begin)));
+    RunSlice(positions.subspan(begin, std::min(kMaxTokens, positions.size() - begin)));
   }
 }
 
@@ -156,6 +167,13 @@ void Transformer::RunSlice(std::span<const Position> slice) {
   // saves.
   constexpr size_t kWorkPerWorker = size_t{1} << 20;
   const size_t work = slice.size() * (weights_.Parameters() / spec_.layers.size());
+  searches_.clear();
+  candidates_.clear();
+  for (const Position& position : slice) {
+    if (position.candidates == nullptr) continue;
+    searches_.push_back(*position.search);
+    candidates_.push_back(position.candidates);
+  }
   const Team team(std::clamp<size_t>(work / kWorkPerWorker, 1, team_.threads()));
   clock_.Begin();
   team.Run([&](Worker& worker) {
@@ -307,34 +325,80 @@ void Transformer::FinishProjections(size_t index, const Position& position, size
     Norm(weights.query_norm, query, query);
     RotateHalves(query, cos, sin, pairs);
   }
-  float* block = position.state->blocks()[position.position / kKvBlockTokens];
-  const size_t slot = position.position % kKvBlockTokens * layer.head_dim;
+  uint8_t* block = position.state->blocks()[position.position / kKvBlockTokens];
+  const size_t slot = position.position % kKvBlockTokens;
   for (size_t head = 0; head < layer.kv_heads; ++head) {
     float* key = key_[row] + head * layer.head_dim;
     Norm(weights.key_norm, key, key);
     RotateHalves(key, cos, sin, pairs);
-    std::memcpy(block + cache_->KeyOffset(index, head) + slot, key, layer.head_dim * sizeof(float));
-    std::memcpy(block + cache_->ValueOffset(index, head) + slot,
-                value_[row] + head * layer.head_dim, layer.head_dim * sizeof(float));
+    StoreKv(cache_->type(), key, layer.head_dim, slot, block + cache_->KeyOffset(index, head));
+    StoreKv(cache_->type(), value_[row] + head * layer.head_dim, layer.head_dim, slot,
+            block + cache_->ValueOffset(index, head));
   }
+}
+
+// The query heads of one token that share a KV head.
+AttentionGroup Transformer::GroupOf(size_t index, const Position& position, size_t row,
+                                    size_t kv_head) {
+  const LayerSpec& layer = spec_.layers[index];
+  const size_t heads = layer.heads / layer.kv_heads;
+  const uint8_t* const* blocks = position.state->blocks().data();
+  const size_t end = position.position + 1;
+  const size_t begin = layer.window != 0 && end > layer.window ? end - layer.window : 0;
+  return {
+      .type = cache_->type(),
+      .head_dim = layer.head_dim,
+      .heads = heads,
+      .queries = query_[row] + kv_head * heads * layer.head_dim,
+      .keys = {blocks, cache_->KeyOffset(index, kv_head)},
+      .values = {blocks, cache_->ValueOffset(index, kv_head)},
+      .span = {begin, end, layer.attention_scale, layer.attention_soft_cap},
+  };
 }
 
 // Writes the heads' outputs into the input of the output projection.
 void Transformer::RunAttention(Worker& worker, size_t index, std::span<const Position> slice) {
+  if (slice.size() <= kSplitTokens && worker.count() > 1) {
+    return AttendByChunks(worker, index, slice);
+  }
   const LayerSpec& layer = spec_.layers[index];
-  float* scores = scores_[worker.index()].data();
+  float* scratch = attention_scratch_[worker.index()].data();
   // Later tokens see more keys, so workers take turns instead of contiguous shares.
-  for (size_t task = worker.index(); task < slice.size() * layer.heads; task += worker.count()) {
-    const size_t row = task / layer.heads, head = task % layer.heads;
-    const size_t kv_head = head / (layer.heads / layer.kv_heads);
-    float* const* blocks = slice[row].state->blocks().data();
-    const KvHead keys = {blocks, cache_->KeyOffset(index, kv_head), layer.head_dim};
-    const KvHead values = {blocks, cache_->ValueOffset(index, kv_head), layer.head_dim};
-    const size_t end = slice[row].position + 1;
-    const size_t begin = layer.window != 0 && end > layer.window ? end - layer.window : 0;
-    AttendHead(query_[row] + head * layer.head_dim, keys, values,
-               {begin, end, layer.attention_scale, layer.attention_soft_cap}, scores,
-               input_.Row(row) + head * layer.head_dim);
+  for (size_t task = worker.index(); task < slice.size() * layer.kv_heads; task += worker.count()) {
+    const size_t row = task / layer.kv_heads, kv_head = task % layer.kv_heads;
+    const AttentionGroup group = GroupOf(index, slice[row], row, kv_head);
+    AttendAll(group, scratch, input_.Row(row) + kv_head * group.heads * layer.head_dim);
+  }
+}
+
+// The same result with more to share out than tokens times KV heads: chunks of the context are
+// computed apart and merged in their order after a barrier.
+void Transformer::AttendByChunks(Worker& worker, size_t index, std::span<const Position> slice) {
+  const LayerSpec& layer = spec_.layers[index];
+  const size_t part_size = AttentionPartSize(layer.head_dim);
+  const size_t row_stride = attention_parts_.size() / kSplitTokens;
+  const auto parts = [&](size_t row, size_t chunk, size_t head) {
+    return attention_parts_.data() + row * row_stride + (chunk * layer.heads + head) * part_size;
+  };
+  float* scratch = attention_scratch_[worker.index()].data();
+  size_t task = 0;
+  for (size_t row = 0; row < slice.size(); ++row) {
+    for (size_t kv_head = 0; kv_head < layer.kv_heads; ++kv_head) {
+      const AttentionGroup group = GroupOf(index, slice[row], row, kv_head);
+      for (size_t chunk = 0; chunk < group.span.Chunks(); ++chunk, ++task) {
+        if (task % worker.count() != worker.index()) continue;
+        AttendChunk(group, chunk, scratch, parts(row, chunk, kv_head * group.heads));
+      }
+    }
+  }
+  worker.Barrier();
+  for (size_t item = worker.index(); item < slice.size() * layer.heads; item += worker.count()) {
+    const size_t row = item / layer.heads, head = item % layer.heads;
+    const size_t chunks = GroupOf(index, slice[row], row, 0).span.Chunks();
+    for (size_t chunk = 1; chunk < chunks; ++chunk) {
+      MergeAttention(parts(row, chunk, head), layer.head_dim, parts(row, 0, head));
+    }
+    FinishAttention(parts(row, 0, head), layer.head_dim, input_.Row(row) + head * layer.head_dim);
   }
 }
 
@@ -343,7 +407,7 @@ void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
   // worker.
   size_t rows = 0;
   for (size_t t = 0; t < slice.size(); ++t) {
-    if (slice[t].logits == nullptr) continue;
+    if (!slice[t].wants_head()) continue;
     const Range share = worker.Share(slice.size());
     if (share.begin <= t && t < share.end) {
       Norm(weights_.final_norm, hidden_[t], input_.Row(rows));
@@ -353,11 +417,19 @@ void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
   }
   if (rows == 0) return;
   worker.Barrier();
+  if (!searches_.empty()) {
+    two_stage_head_.Run(worker, input_, searches_, candidates_);
+    return;
+  }
   // The wanted logits of one slice lie one after the other.
   const auto first = std::find_if(slice.begin(), slice.end(),
                                   [](const Position& p) { return p.logits != nullptr; });
-  const LinearJob head[] = {{&weights_.head, first->logits, spec_.vocab_size}};
-  RunLinears(worker, head, input_, rows, mode_);
+  if (!quantized_head_.empty()) {
+    RunQuantizedHead(worker, rows, first->logits);
+  } else {
+    const LinearJob head[] = {{&weights_.head, first->logits, spec_.vocab_size}};
+    RunLinears(worker, head, input_, rows, mode_);
+  }
   if (spec_.head_bias) {
     worker.Barrier();
     const Range share = worker.Share(rows);

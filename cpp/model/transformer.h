@@ -19,6 +19,7 @@
 #include "model/kv_cache.h"
 #include "model/part_clock.h"
 #include "model/spec.h"
+#include "model/two_stage_head.h"
 #include "model/weights.h"
 
 namespace tf {
@@ -27,6 +28,15 @@ enum class LogitsWanted : uint8_t {
   kNone,
   kLast,  // of the last token of every sequence in the batch
   kAll,   // of every token
+};
+
+// How logits are made of a floating-point head.
+enum class HeadMode : uint8_t {
+  kExact,  // of the stored weights, in f32
+  kInt8,   // of weights quantized to 8, 6 or 4 bits when the model is loaded
+  kInt6,
+  kInt4,
+  kTwoStage,  // exact; ForwardCandidates finds the likeliest tokens without reading all of the head
 };
 
 // New tokens of one sequence; they continue what its state holds.
@@ -45,20 +55,25 @@ class Transformer {
   static constexpr size_t kMaxTokens = 128;
 
   // `adapters` by slot, empty where there are none. Throws like ModelSpec::Validate and
-  // TakeWeights.
+  // TakeWeights. kTwoStage becomes kExact where it does not apply: for a head that is not of finite
+  // floats, has a bias, or whose logits are capped. Throws std::invalid_argument for a head that is
+  // not floating point where bits are asked for.
   Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
-              ActivationMode mode, size_t threads);
+              ActivationMode mode, KvType kv, HeadMode head, size_t threads);
 
   const ModelSpec& spec() const { return spec_; }
   ActivationMode mode() const { return mode_; }
   const Team& team() const { return team_; }
-  size_t weight_bytes() const { return weights_.Bytes(); }
+  // Of all matrices, each counted once, in every form that is kept.
+  size_t weight_bytes() const;
   // The layout of the layers' matrices.
   std::string_view layout() const { return LayoutName(weights_.layers[0].up.weight.layout()); }
-  size_t token_bytes() const { return weights_.TokenBytes(); }
-
-  // Bytes of keys and values that one token leaves in the cache.
-  size_t kv_bytes_per_token() const;
+  // What one token reads of the matrices: all but tables that are only looked up.
+  size_t token_bytes() const;
+  const KvCache& cache() const { return *cache_; }
+  HeadMode head_mode() const { return head_mode_; }
+  // What the head reads for a token, rows that ForwardCandidates looks up apart.
+  size_t head_bytes() const;
 
   std::unique_ptr<SequenceState> NewSequence() const {
     return std::make_unique<SequenceState>(cache_);
@@ -74,6 +89,18 @@ class Transformer {
   void TimeParts(bool on);
   double SecondsOf(Part part);
 
+  // Forward, under kTwoStage, for the likeliest tokens after the last token of each sequence of the
+  // batch, at most TwoStageHead::kMaxTokens of them.
+  void ForwardCandidates(TokenBatch batch, std::span<const CandidateSearch> searches,
+                         std::span<Candidates> results);
+
+  // Forward, and the likeliest token (the first of several) after the last token of each sequence.
+  std::vector<int32_t> LikeliestTokens(TokenBatch batch);
+
+  // The natural log-probability of tokens[i] at the head's input Candidates::input `inputs[i]`.
+  std::vector<float> LogProbabilities(std::span<const std::span<const float>> inputs,
+                                      std::span<const int32_t> tokens) const;
+
   // Rows of logits that Forward writes.
   static size_t LogitRows(TokenBatch batch, LogitsWanted wanted);
 
@@ -82,8 +109,12 @@ class Transformer {
   struct Position {
     int32_t token;
     const SequenceState* state;
-    size_t position;  // in its sequence
-    float* logits;    // where its logits go, or null
+    size_t position;                // in its sequence
+    float* logits;                  // where its logits go, or null
+    const CandidateSearch* search;  // with `candidates`, or both null
+    Candidates* candidates;
+
+    bool wants_head() const { return logits != nullptr || candidates != nullptr; }
   };
 
   struct Rows;
@@ -100,7 +131,12 @@ class Transformer {
   void RunLayer(Worker& worker, size_t index, std::span<const Position> slice);
   void RunProducts(Worker& worker, std::span<const Product> products, size_t tokens);
   void RunAttention(Worker& worker, size_t index, std::span<const Position> slice);
+  AttentionGroup GroupOf(size_t index, const Position& position, size_t row, size_t kv_head);
+  void AttendByChunks(Worker& worker, size_t index, std::span<const Position> slice);
   void RunHead(Worker& worker, std::span<const Position> slice);
+  void MakeHead();
+  void RunQuantizedHead(Worker& worker, size_t rows, float* logits);
+  void RunSlices(std::span<const Position> positions);
   void FinishProjections(size_t index, const Position& position, size_t row);
   void Embed(const Position& position, size_t row);
   void Norm(const NormWeights& weights, const float* x, float* out) const;
@@ -111,6 +147,9 @@ class Transformer {
   ModelWeights weights_;
   ActivationMode mode_;
   std::shared_ptr<KvCache> cache_;
+  HeadMode head_mode_;
+  QuantizedHead quantized_head_;
+  TwoStageHead two_stage_head_;
   std::mutex mutex_;
   PartClock clock_;
 
@@ -124,13 +163,17 @@ class Transformer {
   Rows hidden_;  // the residual stream
   Rows query_, key_, value_;
   Rows gate_, up_;
-  AlignedArray<float> ones_;                 // the other half of a feed-forward that is not gated
-  Rows delta_;                               // what a layer half adds to the residual stream
-  Rows angles_;                              // cosines, then sines, of one token's rotation
-  LinearInput input_;                        // the input of the next linear layers
-  Rows reduced_;                             // A x of the adapters of one RunProducts
-  Rows adapter_sums_;                        // B (A x) of one adapter
-  std::vector<AlignedArray<float>> scores_;  // attention scores, one row a thread
+  AlignedArray<float> ones_;               // the other half of a feed-forward that is not gated
+  Rows delta_;                             // what a layer half adds to the residual stream
+  Rows angles_;                            // cosines, then sines, of one token's rotation
+  LinearInput input_;                      // the input of the next linear layers
+  Rows reduced_;                           // A x of the adapters of one RunProducts
+  Rows adapter_sums_;                      // B (A x) of one adapter
+  std::vector<HeadActs> head_acts_;        // one, for a quantized head
+  std::vector<CandidateSearch> searches_;  // of the slice
+  std::vector<Candidates*> candidates_;
+  std::vector<AlignedArray<float>> attention_scratch_;  // one row a thread
+  AlignedArray<float> attention_parts_;                 // of kSplitTokens tokens, chunk by chunk
 };
 
 }  // namespace tf

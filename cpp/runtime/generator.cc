@@ -3,6 +3,7 @@
 #include "runtime/generator.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -43,13 +44,11 @@ void Generator::Stop(size_t sequence) {
   sequences_[sequence].state->Truncate(0);
 }
 
-GeneratedToken Generator::Take(size_t index, std::span<float> logits) {
+GeneratedToken Generator::Finished(size_t index, GeneratedToken token) {
   Sequence& sequence = sequences_[index];
-  const Sampler::Choice choice = sequence.sampler.Sample(logits);
-  GeneratedToken token = {index, choice.token, choice.log_probability, std::nullopt};
-  sequence.last = choice.token;
+  sequence.last = token.token;
   ++sequence.generated;
-  if (std::find(stop_ids_.begin(), stop_ids_.end(), choice.token) != stop_ids_.end()) {
+  if (std::find(stop_ids_.begin(), stop_ids_.end(), token.token) != stop_ids_.end()) {
     token.finish = FinishReason::kStop;
   } else if (sequence.generated == max_new_tokens_ ||
              sequence.state->length() == transformer_.spec().context_length) {
@@ -59,8 +58,48 @@ GeneratedToken Generator::Take(size_t index, std::span<float> logits) {
   return token;
 }
 
-std::vector<GeneratedToken> Generator::Step() {
+// False, and nothing done, where one of the sequences needs all logits.
+bool Generator::RunCandidates(std::span<const BatchItem> batch, std::span<const size_t> indices,
+                              std::vector<GeneratedToken>& tokens) {
+  if (transformer_.head_mode() != HeadMode::kTwoStage) return false;
+  if (batch.size() > TwoStageHead::kMaxTokens) return false;
+  std::vector<CandidateSearch> searches;
+  for (const size_t index : indices) {
+    const std::optional<CandidateSearch> search = sequences_[index].sampler.Search();
+    if (!search.has_value()) return false;
+    searches.push_back(*search);
+  }
+  candidates_.resize(batch.size());
+  transformer_.ForwardCandidates(batch, searches, candidates_);
+  for (size_t k = 0; k < indices.size(); ++k) {
+    auto pending = std::make_shared<PendingLogProbability>();
+    pending->input = candidates_[k].input;
+    const int32_t token = sequences_[indices[k]].sampler.SampleCandidates(candidates_[k]);
+    tokens.push_back(
+        Finished(indices[k], {indices[k], token, std::numeric_limits<float>::quiet_NaN(),
+                              std::nullopt, std::move(pending)}));
+  }
+  return true;
+}
+
+// One token for each of the sequences, from the last position of the batch's items.
+std::vector<GeneratedToken> Generator::RunBatch(std::span<const BatchItem> batch,
+                                                std::span<const size_t> indices) {
+  std::vector<GeneratedToken> tokens;
+  if (RunCandidates(batch, indices, tokens)) return tokens;
   const size_t vocab = transformer_.spec().vocab_size;
+  logits_.resize(batch.size() * vocab);
+  transformer_.Forward(batch, LogitsWanted::kLast, logits_);
+  for (size_t k = 0; k < indices.size(); ++k) {
+    const Sampler::Choice choice =
+        sequences_[indices[k]].sampler.Sample(std::span(logits_).subspan(k * vocab, vocab));
+    tokens.push_back(Finished(
+        indices[k], {indices[k], choice.token, choice.log_probability, std::nullopt, nullptr}));
+  }
+  return tokens;
+}
+
+std::vector<GeneratedToken> Generator::Step() {
   for (size_t i = 0; i < sequences_.size(); ++i) {
     Sequence& sequence = sequences_[i];
     const size_t present = sequence.state->length();
@@ -68,11 +107,9 @@ std::vector<GeneratedToken> Generator::Step() {
     const size_t count = std::min(Transformer::kMaxTokens, sequence.prompt.size() - present);
     const BatchItem item[] = {
         {std::span(sequence.prompt).subspan(present, count), sequence.state.get()}};
-    const bool ends = present + count == sequence.prompt.size();
-    logits_.resize(ends ? vocab : 0);
-    transformer_.Forward(item, ends ? LogitsWanted::kLast : LogitsWanted::kNone, logits_);
-    if (!ends) return {};
-    return {Take(i, logits_)};
+    if (present + count == sequence.prompt.size()) return RunBatch(item, std::span(&i, 1));
+    transformer_.Forward(item, LogitsWanted::kNone, {});
+    return {};
   }
   std::vector<BatchItem> batch;
   std::vector<size_t> live;
@@ -82,13 +119,7 @@ std::vector<GeneratedToken> Generator::Step() {
     live.push_back(i);
   }
   if (live.empty()) return {};
-  logits_.resize(live.size() * vocab);
-  transformer_.Forward(batch, LogitsWanted::kLast, logits_);
-  std::vector<GeneratedToken> tokens;
-  for (size_t k = 0; k < live.size(); ++k) {
-    tokens.push_back(Take(live[k], std::span(logits_).subspan(k * vocab, vocab)));
-  }
-  return tokens;
+  return RunBatch(batch, live);
 }
 
 std::vector<float> Score(Transformer& transformer, std::span<const int32_t> tokens,

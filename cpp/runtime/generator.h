@@ -20,11 +20,18 @@ enum class FinishReason : uint8_t {
   kLength,  // max_new_tokens, or the context is full
 };
 
+// A log-probability that was not needed to choose the token, and what it follows from.
+struct PendingLogProbability {
+  std::vector<float> input;  // of the head
+  std::optional<float> value;
+};
+
 struct GeneratedToken {
   size_t sequence;
   int32_t token;
-  float log_probability;
+  float log_probability;  // NaN where it is pending
   std::optional<FinishReason> finish;
+  std::shared_ptr<PendingLogProbability> pending;
 };
 
 class Generator {
@@ -45,6 +52,8 @@ class Generator {
 
   bool done() const;
 
+  const Transformer& transformer() const { return transformer_; }
+
  private:
   struct Sequence {
     std::vector<int32_t> prompt;
@@ -54,13 +63,18 @@ class Generator {
     int32_t last = 0;
     bool live = true;
   };
-  GeneratedToken Take(size_t index, std::span<float> logits);
+  GeneratedToken Finished(size_t index, GeneratedToken token);
+  bool RunCandidates(std::span<const BatchItem> batch, std::span<const size_t> indices,
+                     std::vector<GeneratedToken>& tokens);
+  std::vector<GeneratedToken> RunBatch(std::span<const BatchItem> batch,
+                                       std::span<const size_t> indices);
 
   Transformer& transformer_;
   size_t max_new_tokens_;
   std::vector<int32_t> stop_ids_;
   std::vector<Sequence> sequences_;
   std::vector<float> logits_;
+  std::vector<Candidates> candidates_;
 };
 
 // The natural log-probability of every token but the first, given those before it, in one window

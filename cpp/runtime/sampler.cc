@@ -25,49 +25,74 @@ void SamplingOptions::Validate() const {
 }
 
 Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
-    : options_(options),
-      random_(options.seed),
-      seen_(options.repetition_penalty == 1.0f ? 0 : vocab_size) {
+    : options_(options), vocab_size_(vocab_size), random_(options.seed) {
   options.Validate();
 }
 
 void Sampler::Observe(int32_t token) {
-  if (!seen_.empty()) seen_[static_cast<size_t>(token)] = true;
+  if (options_.repetition_penalty == 1.0f) return;
+  const auto place = std::lower_bound(seen_.begin(), seen_.end(), token);
+  if (place == seen_.end() || *place != token) seen_.insert(place, token);
 }
 
-Sampler::Choice Sampler::Sample(std::span<float> logits) {
-  const float normaliser = LogSumExp(logits.data(), logits.size());
-  const auto plain = [&](size_t token) {  // undoes the penalty, which is applied in place
-    if (seen_.empty() || !seen_[token]) return logits[token];
-    return logits[token] > 0 ? logits[token] * options_.repetition_penalty
-                             : logits[token] / options_.repetition_penalty;
-  };
-  for (size_t token = 0; token < seen_.size(); ++token) {
-    if (!seen_[token]) continue;
-    logits[token] = logits[token] > 0 ? logits[token] / options_.repetition_penalty
-                                      : logits[token] * options_.repetition_penalty;
-  }
-  const size_t token =
-      options_.temperature == 0.0f
-          ? static_cast<size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin())
-          : Draw(logits);
-  const Choice choice = {static_cast<int32_t>(token), plain(token) - normaliser};
-  Observe(choice.token);
-  return choice;
+std::optional<CandidateSearch> Sampler::Search() const {
+  const bool greedy = options_.temperature == 0.0f;
+  const size_t count = greedy ? 1 : options_.top_k;
+  const size_t most = std::min(CandidateSearch::kMaxCount, vocab_size_ / 8);
+  if (count == 0 || count > most || seen_.size() > vocab_size_ / 8) return std::nullopt;
+  return CandidateSearch{count, greedy ? 1.0f : options_.temperature, options_.repetition_penalty,
+                         seen_};
 }
 
-size_t Sampler::Draw(std::span<const float> logits) {
+// What decides a token's place: its logit after penalty and temperature.
+float Sampler::Shape(float logit, bool seen) const {
+  if (seen) logit = Penalise(logit, options_.repetition_penalty);
+  return options_.temperature == 0.0f ? logit : logit / options_.temperature;
+}
+
+Sampler::Choice Sampler::Sample(std::span<const float> logits) {
   candidates_.clear();
   for (size_t token = 0; token < logits.size(); ++token) {
-    candidates_.push_back({logits[token] / options_.temperature, static_cast<int32_t>(token)});
+    candidates_.push_back({Shape(logits[token], false), static_cast<int32_t>(token)});
   }
+  for (const int32_t seen : seen_) {
+    const auto token = static_cast<size_t>(seen);
+    candidates_[token].logit = Shape(logits[token], true);
+  }
+  const int32_t token = Choose();
+  const float logit = logits[static_cast<size_t>(token)];
+  return {token, logit - LogSumExp(logits.data(), logits.size())};
+}
+
+int32_t Sampler::SampleCandidates(const Candidates& candidates) {
+  candidates_.clear();
+  for (size_t i = 0; i < candidates.logits.size(); ++i) {
+    const int32_t token = candidates.complete ? static_cast<int32_t>(i) : candidates.tokens[i];
+    const bool seen = std::binary_search(seen_.begin(), seen_.end(), token);
+    candidates_.push_back({Shape(candidates.logits[i], seen), token});
+  }
+  return Choose();
+}
+
+int32_t Sampler::Choose() {
+  const auto less = [](const Candidate& a, const Candidate& b) { return a.logit < b.logit; };
+  const int32_t token = options_.temperature == 0.0f
+                            ? std::max_element(candidates_.begin(), candidates_.end(), less)->token
+                            : Draw();
+  Observe(token);
+  return token;
+}
+
+int32_t Sampler::Draw() {
   // Likeliest first; ties by token id, so that the order is the same everywhere.
   const auto likelier = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
   const size_t kept =
       options_.top_k == 0 ? candidates_.size() : std::min(options_.top_k, candidates_.size());
-  const bool needs_order = kept < candidates_.size() || options_.top_p < 1.0f;
+  // The same order for candidates as for all logits.
+  const bool needs_order =
+      (options_.top_k != 0 && options_.top_k < vocab_size_) || options_.top_p < 1.0f;
   if (needs_order) {
     std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(kept),
                       candidates_.end(), likelier);
@@ -99,9 +124,9 @@ size_t Sampler::Draw(std::span<const float> logits) {
   double rest = uniform * total;
   for (const Candidate& candidate : candidates_) {
     rest -= static_cast<double>(candidate.logit);
-    if (rest < 0) return static_cast<size_t>(candidate.token);
+    if (rest < 0) return candidate.token;
   }
-  return static_cast<size_t>(candidates_.back().token);  // rounding ate the last bit
+  return candidates_.back().token;  // rounding ate the last bit
 }
 
 }  // namespace tf

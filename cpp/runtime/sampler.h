@@ -4,9 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
+
+#include "model/two_stage_head.h"
 
 namespace tf {
 
@@ -33,23 +36,32 @@ class Sampler {
   // Tells the repetition penalty that `token` is part of the text.
   void Observe(int32_t token);
 
+  // The candidates that are enough for the next choice, or none where it needs all logits: without
+  // top-k, with a top-k above CandidateSearch::kMaxCount or above an eighth of the vocabulary, or
+  // where the penalty concerns more than that. Valid until the next Observe or Sample.
+  std::optional<CandidateSearch> Search() const;
+
   struct Choice {
     int32_t token;
     float log_probability;  // under the model: the plain softmax of the logits
   };
-  // `logits` is used up.
-  Choice Sample(std::span<float> logits);
+  Choice Sample(std::span<const float> logits);
+  // The token that Sample would choose of all logits; `candidates` are those of Search().
+  int32_t SampleCandidates(const Candidates& candidates);
 
  private:
   struct Candidate {
     float logit;
     int32_t token;
   };
-  size_t Draw(std::span<const float> logits);
+  float Shape(float logit, bool seen) const;
+  int32_t Choose();
+  int32_t Draw();
 
   SamplingOptions options_;
+  size_t vocab_size_;
   std::mt19937_64 random_;
-  std::vector<bool> seen_;
+  std::vector<int32_t> seen_;  // in rising order; empty without a penalty
   std::vector<Candidate> candidates_;
 };
 

@@ -15,6 +15,8 @@ UInt8: TypeAlias = NDArray[np.uint8]
 ScaleKind: TypeAlias = Literal["none", "tensor", "row", "group"]
 Convention: TypeAlias = Literal["multiply", "divide"]
 Activations: TypeAlias = Literal["int8", "float"]
+KvType: TypeAlias = Literal["f32", "f16", "int8"]
+HeadMode: TypeAlias = Literal["exact", "int8", "int6", "int4", "two-stage"]
 
 class simd:
     @staticmethod
@@ -105,9 +107,44 @@ class kernels:
     @staticmethod
     def gelu_erf_multiply(gate: Float32, up: Float32) -> Float32: ...
     @staticmethod
-    def attend_head(
-        query: Float32, keys: Float32, values: Float32, scale: float, *, begin: int = 0, soft_cap: float = 0.0
-    ) -> Float32: ...
+    def attend(
+        queries: Float32,  # [heads, n]: query heads that share one KV head
+        keys: Float32,  # [tokens, n]
+        values: Float32,
+        scale: float,
+        *,
+        begin: int = 0,
+        soft_cap: float = 0.0,
+        kv: KvType = "f32",
+    ) -> Float32: ...  # [heads, n]
+    @staticmethod
+    def quantized_head_bytes(rows: int, cols: int, bits: int) -> int: ...  # taken, and read by one product
+    class QuantizedHead:
+        """An output head in 4, 6 or 8 bits; see cpp/kernels/head.h."""
+
+        def __init__(self, tensor: formats.PackedTensor, bits: int, *, threads: int = 1) -> None: ...
+        bytes: int
+        rows: Float32  # as it is multiplied, [rows, cols]
+        norms: Float32  # upper bounds: of each row as multiplied, and of what quantization took away
+        residuals: Float32
+        def multiply(self, x: Float32, *, bounds: bool = False, threads: int = 1) -> Float32: ...
+        # x [tokens, cols] -> [tokens, rows]: products, or upper bounds of the exact head's
+
+    class TwoStageHead:
+        """Finds the likeliest tokens of an exact head."""
+
+        def __init__(self, tensor: formats.PackedTensor, *, threads: int = 1) -> None: ...
+        bytes: int
+        def find(
+            self,
+            x: Float32,  # [tokens, cols]
+            *,
+            count: int = 1,
+            temperature: float = 1.0,
+            penalty: float = 1.0,
+            seen: Sequence[int] = (),  # in rising order
+        ) -> list[tuple[Int32, Float32, bool]]: ...  # tokens, exact logits; all logits and no tokens where True
+
     @staticmethod
     def read_bandwidth(*, size: int, passes: int, threads: int) -> float: ...  # bytes per second, the best pass
     @staticmethod
@@ -226,6 +263,8 @@ class model:
             weights: dict[str, formats.PackedTensor],
             *,
             activations: Activations,
+            kv: KvType = "f32",
+            head: HeadMode = "exact",
             threads: int,
             # LoRA by slot of a layer's query key value output gate up down: A [rank, cols], B [rows, rank], scaling;
             # out += scaling * B (A x), x the floats that the layer sees. Copied. ValueError with the slot's name where
@@ -237,10 +276,15 @@ class model:
         activations: Activations
         weight_bytes: int
         layout: str  # of the layers' matrices
-        kv_bytes_per_token: int  # of keys and values, all layers
         token_bytes: int  # of the matrices that one token multiplies
+        kv: KvType
+        head: HeadMode  # "exact" where "two-stage" was asked for and does not apply
+        head_bytes: int  # read for a token, rows that the second stage looks up apart
+        kv_bytes_per_token: int  # of keys and values, all layers
         def new_sequence(self) -> model.SequenceState: ...
         def time_parts(self, on: bool) -> None: ...  # starts, from zero, or ends adding up where time goes
+        def likeliest_tokens(self, batch: Sequence[tuple[Int32, model.SequenceState]]) -> list[int]: ...
+        # forward, and the likeliest next token of each sequence: the first of several
         def part_seconds(self) -> dict[str, float]: ...  # of "matmul", "head", "attention", "rest"
         def forward(
             self,
@@ -265,7 +309,7 @@ class runtime:
     class GeneratedToken:
         sequence: int
         token_id: int
-        logprob: float
+        logprob: float  # computed when asked for, where choosing the token did not need it
         finish_reason: str | None  # None, "stop" (an end token: not to be shown), "length"
 
     class Generator:
@@ -284,6 +328,9 @@ class runtime:
         def step(self) -> list[runtime.GeneratedToken]: ...
         def stop(self, sequence: int) -> None: ...
 
+    @staticmethod
+    def log_probabilities(tokens: Sequence[runtime.GeneratedToken]) -> list[float]: ...
+    # the logprob of several tokens of one generator, in fewer passes than one by one
     @staticmethod
     def score(transformer: model.Transformer, token_ids: Int32) -> Float32: ...
     # [n - 1]: natural log-probability of every token but the first, given those before it; one window, chunked inside

@@ -21,7 +21,7 @@ from ternaryforge.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ternaryforge.model import Activations
+    from ternaryforge.model import Activations, HeadMode, KvType
 
 Build = Callable[[int], _core.model.Transformer]
 Progress = Callable[[int, int, str], None]
@@ -63,11 +63,16 @@ class BenchmarkResult:
 class BenchmarkReport(Report):
     """All combinations of one model on one machine, measured in one run.
 
-    `greedy_tokens` came out the same for every thread count (and, with int8 activations, target).
+    `kv` and `head` are how keys and values and the output head are stored, `head_bytes` what the
+    latter reads for a token. `greedy_tokens` came out the same for every thread count (and, with
+    int8 activations, target).
     """
 
     model: str
     activations: str
+    kv: str
+    head: str
+    head_bytes: int
     load_seconds: float
     load_peak_anonymous_bytes: int | None
     weight_bytes: int
@@ -165,6 +170,9 @@ def benchmark(
     return BenchmarkReport(
         model=model,
         activations=transformer.activations,
+        kv=transformer.kv,
+        head=transformer.head,
+        head_bytes=transformer.head_bytes,
         load_seconds=statistics.median(seconds for seconds, _ in loads),
         load_peak_anonymous_bytes=loads[0][1],
         weight_bytes=transformer.weight_bytes,
@@ -196,7 +204,7 @@ class _TokenCheck:
 
 
 def _greedy(transformer: _core.model.Transformer, ids: NDArray[np.int32], state: _core.model.SequenceState) -> int:
-    return int(transformer.forward([(ids, state)], logits="last")[0].argmax())
+    return transformer.likeliest_tokens([(ids, state)])[0]
 
 
 def _measure(
@@ -305,17 +313,27 @@ def _rates(seconds: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return float(middle), (float(slow), float(fast))
 
 
-def build_model(source: str, *, activations: "Activations | None" = None) -> Build:
+def build_model(
+    source: str, *, activations: "Activations | None" = None, kv: "KvType" = "f32", head: "HeadMode" = "exact"
+) -> Build:
     """Builds the model of a folder or file, for `benchmark`."""
     from ternaryforge.model import TernaryModel
 
     def build(threads: int) -> _core.model.Transformer:
-        return TernaryModel.from_pretrained(source, threads=threads, activations=activations).transformer
+        model = TernaryModel.from_pretrained(source, threads=threads, activations=activations, kv=kv, head=head)
+        return model.transformer
 
     return build
 
 
-def build_shape(name: str, *, context_length: int, activations: "Activations | None" = None) -> Build:
+def build_shape(
+    name: str,
+    *,
+    context_length: int,
+    activations: "Activations | None" = None,
+    kv: "KvType" = "f32",
+    head: "HeadMode" = "exact",
+) -> Build:
     """Builds a shape with random weights in memory, with room for at least `context_length` tokens.
 
     Raises ValueError for an unknown name.
@@ -334,6 +352,8 @@ def build_shape(name: str, *, context_length: int, activations: "Activations | N
             architecture.spec,
             weights,
             activations=activations or default_activations(architecture.quantization),
+            kv=kv,
+            head=head,
             threads=threads,
         )
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generated text: pieces of a stream, whole results, and stop strings."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -34,14 +36,21 @@ class Piece:
     """One generated token.
 
     `text` is what became certain with it: empty while a character or a possible stop string is
-    unfinished. `finish_reason` is set on the last one: "stop" after an end token (whose text is not
-    shown) or a stop string, "length" at `max_new_tokens` or at the end of the context.
+    unfinished. `logprob`, the natural logarithm of its probability under the model, is computed when
+    asked for where choosing the token did not need it. `finish_reason` is set on the last one:
+    "stop" after an end token (whose text is not shown) or a stop string, "length" at
+    `max_new_tokens` or at the end of the context.
     """
 
     text: str
     token_id: int
-    logprob: float
     finish_reason: FinishReason | None = None
+    token: _core.runtime.GeneratedToken | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def logprob(self) -> float:
+        """Natural log-probability; NaN for a piece that was not generated."""
+        return math.nan if self.token is None else self.token.logprob
 
     def __str__(self) -> str:
         return self.text
@@ -52,17 +61,23 @@ class GenerationResult(Report):
     """The continuation of one prompt. `str()` is its text.
 
     `token_ids` and `logprobs` (natural logarithm, per token) hold every generated token but the
-    end token. `text` is empty where the model has no tokenizer. Seconds are those of the whole
-    batch that the prompt was part of.
+    end token; with a two-stage head, `logprobs` are computed when first asked for. `text` is empty
+    where the model has no tokenizer. Seconds are those of the whole batch that the prompt was part
+    of.
     """
 
     text: str
     token_ids: list[int]
-    logprobs: list[float]
     finish_reason: FinishReason
     prompt_tokens: int
     prompt_seconds: float
     generation_seconds: float
+    tokens: tuple[_core.runtime.GeneratedToken, ...] = field(default=(), repr=False, compare=False)
+
+    @cached_property
+    def logprobs(self) -> list[float]:
+        """Natural log-probability of each of `token_ids` under the model."""
+        return _core.runtime.log_probabilities(self.tokens)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,8 +91,10 @@ class GenerationResult(Report):
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and both speeds."""
-        return super().to_dict() | {
+        """All fields, the log-probabilities and both speeds."""
+        fields = {name: value for name, value in vars(self).items() if name != "tokens"}
+        return fields | {
+            "logprobs": self.logprobs,
             "tokens_per_second": self.tokens_per_second,
             "prompt_tokens_per_second": self.prompt_tokens_per_second,
         }
@@ -134,7 +151,7 @@ class _Sequence:
     stop: StopStrings
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: list[_core.runtime.GeneratedToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def take(self, token: _core.runtime.GeneratedToken) -> Piece:
@@ -144,7 +161,7 @@ class _Sequence:
         text = ""
         if not ended:
             self.token_ids.append(token.token_id)
-            self.logprobs.append(token.logprob)
+            self.tokens.append(token)
             if self.decoder is not None:
                 text = self.stop.push(self.decoder.push(token.token_id))
         if reason is not None and self.decoder is not None:
@@ -153,7 +170,7 @@ class _Sequence:
             reason = "stop"
         self.finish_reason = reason
         self.text.append(text)
-        return Piece(text, token.token_id, token.logprob, reason)
+        return Piece(text, token.token_id, reason, token)
 
 
 def _finish_reason(name: str | None) -> FinishReason | None:
@@ -212,11 +229,11 @@ class Generation:
             GenerationResult(
                 text="".join(sequence.text),
                 token_ids=sequence.token_ids,
-                logprobs=sequence.logprobs,
                 finish_reason=sequence.finish_reason or "length",
                 prompt_tokens=sequence.prompt_tokens,
                 prompt_seconds=self._prompt_seconds,
                 generation_seconds=self._generation_seconds,
+                tokens=tuple(sequence.tokens),
             )
             for sequence in self._sequences
         ]

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.families import read_architecture
+from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.report import Report
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
@@ -20,7 +21,9 @@ from ternaryforge.weights import check_tensor_names
 class Inspection(Report):
     """What a file or a folder holds.
 
-    `tensors` maps each dtype to count, elements and bytes. `quantization` is None for dense weights,
+    `tensors` maps each dtype to count, elements and bytes. `head_bytes` is what each form of a
+    floating-point output head reads for a token, by the name that `from_pretrained(head=...)` knows it
+    by; None where the configuration or the head says otherwise. `quantization` is None for dense weights,
     `tokenizer` None where there is none. `warnings` says in whole sentences why the checkpoint
     cannot be used, or only in part.
     """
@@ -31,6 +34,7 @@ class Inspection(Report):
     producer: str | None
     context_length: int | None
     tensors: dict[str, dict[str, int]]
+    head_bytes: dict[str, int] | None
     quantization: dict[str, Any] | None
     tokenizer: dict[str, Any] | None
     file_bytes: int
@@ -47,13 +51,14 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     path = checkpoint.path
     config = checkpoint.config
     warnings: list[str] = []
-    context_length = quantization = None
+    context_length = quantization = head_bytes = None
     if config:
         try:
             architecture = read_architecture(config, where=str(path / "config.json"))
             context_length = architecture.spec.context_length
             if architecture.quantization is not None:
                 quantization = asdict(architecture.quantization)
+            head_bytes = _head_bytes(checkpoint, architecture)
             check_tensor_names(checkpoint, architecture)
         except FormatError as error:
             warnings.append(str(error))
@@ -76,6 +81,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         producer=f"transformers {version}" if version else None,
         context_length=context_length,
         tensors=_tensors_by_dtype(checkpoint),
+        head_bytes=head_bytes,
         quantization=quantization,
         tokenizer=tokenizer,
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
@@ -92,6 +98,18 @@ def _tensors_by_dtype(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
         entry["elements"] += math.prod(info.shape)
         entry["bytes"] += info.nbytes
     return dict(sorted(table.items()))
+
+
+def _head_bytes(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int] | None:
+    """By the names of `from_pretrained(head=...)`."""
+    name = architecture.tensor_names["embedding" if architecture.tied_head else "head"]
+    if name not in checkpoint or checkpoint.info(name).dtype not in ("F32", "F16", "BF16"):
+        return None
+    spec = architecture.spec
+    sizes = {"exact": checkpoint.info(name).nbytes}
+    for bits in (8, 6, 4):
+        sizes[f"int{bits}"] = _core.kernels.quantized_head_bytes(spec.vocab_size, spec.hidden_size, bits)
+    return sizes
 
 
 def _describe_tokenizer(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack, cast, overload
+from typing import Any, Literal, Self, Unpack, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from ternaryforge.tokenizer import Tokenizer
 from ternaryforge.weights import load_weights
 
 Activations = Literal["int8", "float"]
+KvType = Literal["f32", "f16", "int8"]
+HeadMode = Literal["exact", "int8", "int6", "int4", "two-stage"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -56,20 +58,38 @@ class TernaryModel:
         *,
         threads: int | None = None,
         activations: Activations | None = None,
+        kv: KvType = "f32",
+        head: HeadMode = "exact",
     ) -> Self:
         """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
         `threads`: None takes the physical cores that this process may use. `activations`: "int8" or
-        "float"; None does what the checkpoint says (float for dense weights). Raises FormatError for
-        a checkpoint that is malformed or not supported, OSError where it cannot be read.
+        "float"; None does what the checkpoint says (float for dense weights). `kv`: how keys and
+        values are remembered, "f32", "f16" or "int8", 4, 2 and about 1 byte a number
+        (`transformer.kv_bytes_per_token`). `head`: how logits are made; "exact" multiplies the head
+        as it is stored, "int8", "int6" and "int4" quantize a floating-point head when it is loaded,
+        and "two-stage" chooses the tokens of the exact head, greedily or with `top_k`, at about the
+        cost of "int6" (`transformer.head` says "exact" where it does not apply: docs/design/0009-head.md).
+        Raises FormatError for a checkpoint that is malformed or not supported, ValueError for a head
+        that cannot be quantized, OSError where the checkpoint cannot be read.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"[load] threads must be positive, got {threads}")
         if activations not in (None, "int8", "float"):
             raise ValueError(f"[load] activations must be 'int8' or 'float', got {activations!r}")
+        if kv not in ("f32", "f16", "int8"):
+            raise ValueError(f"[load] kv must be 'f32', 'f16' or 'int8', got {kv!r}")
+        if head not in get_args(HeadMode):
+            raise ValueError(f"[load] head must be one of {', '.join(get_args(HeadMode))}, got {head!r}")
         path = find_source(source)
         if path.suffix == ".1bit":
-            return cls._from_onebit(path, threads=threads or _core.parallel.default_threads(), activations=activations)
+            return cls._from_onebit(
+                path,
+                threads=threads or _core.parallel.default_threads(),
+                activations=activations,
+                kv=kv,
+                head=head,
+            )
         checkpoint = Checkpoint.open(path)
         if not checkpoint.config:
             raise FormatError(f"[load] '{path}' has no config.json; name the folder of a checkpoint")
@@ -79,6 +99,8 @@ class TernaryModel:
             architecture.spec,
             load_weights(checkpoint, architecture),
             activations=activations or default_activations(architecture.quantization),
+            kv=kv,
+            head=head,
             threads=threads or _core.parallel.default_threads(),
         )
         return cls(
@@ -90,23 +112,37 @@ class TernaryModel:
         )
 
     @classmethod
-    def _from_onebit(cls, path: Path, *, threads: int, activations: Activations | None) -> Self:
+    def _from_onebit(
+        cls, path: Path, *, threads: int, activations: Activations | None, kv: KvType, head: HeadMode
+    ) -> Self:
         file = read_onebit(path)
         weights = {slot: tensor.packed() for slot, tensor in file.tensors.items()}
         return cls(
             path=path,
             architecture=file.architecture,
             transformer=_core.model.Transformer(
-                file.architecture.spec, weights, activations=activations or file.activations, threads=threads
+                file.architecture.spec,
+                weights,
+                activations=activations or file.activations,
+                kv=kv,
+                head=head,
+                threads=threads,
             ),
             tokenizer=file.tokenizer,
             eos_ids=file.architecture.eos_ids,
         )
 
     @classmethod
-    def demo(cls, *, threads: int | None = None, activations: Activations | None = None) -> Self:
+    def demo(
+        cls,
+        *,
+        threads: int | None = None,
+        activations: Activations | None = None,
+        kv: KvType = "f32",
+        head: HeadMode = "exact",
+    ) -> Self:
         """The small embedded model, which tells stories and needs no network."""
-        return cls.from_pretrained("demo", threads=threads, activations=activations)
+        return cls.from_pretrained("demo", threads=threads, activations=activations, kv=kv, head=head)
 
     def __repr__(self) -> str:
         kind = "dense" if self.architecture.quantization is None else self.architecture.quantization.method

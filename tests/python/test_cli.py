@@ -54,6 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_models.write_tokenizer(path)
 
 
+def test_generate_with_a_small_cache(folder: Path) -> None:
+    options = ["--prompt", "ab", "--max-new-tokens", "20", "--threads", "1"]
+    document = run_json("generate", folder, *options, "--kv", "int8")
+    expected = TernaryModel.from_pretrained(folder, kv="int8").generate("ab", max_new_tokens=20)
+    assert document["token_ids"] == expected.token_ids
+    assert "'f32', 'f16', 'int8'" in fails("generate", folder, "--prompt", "ab", "--kv", "q4", code=2)
+
+
 def test_generate(folder: Path) -> None:
     document = run_json("generate", folder, "--prompt", "ab", "--max-new-tokens", "5", "--threads", "1")
     result = TernaryModel.from_pretrained(folder, threads=1).generate("ab", max_new_tokens=5)

@@ -8,7 +8,11 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    HeadMode,
+    HeadOption,
     JsonOption,
+    KvOption,
+    KvType,
     SeedOption,
     print_columns,
     print_json,
@@ -30,6 +34,8 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="Prefills of each size.")] = 3,
     targets: Annotated[str | None, typer.Option(help="Instruction sets such as avx512-vnni,avx2.")] = None,
     activations: ActivationsOption = None,
+    kv: KvOption = KvType.F32,
+    head: HeadOption = HeadMode.EXACT,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -50,9 +56,17 @@ def command(
         repeats=repeats,
     )
     if shape is not None:
-        build = build_shape(shape, context_length=plan.longest, activations=activations.value if activations else None)
+        build = build_shape(
+            shape,
+            context_length=plan.longest,
+            activations=activations.value if activations else None,
+            kv=kv.value,
+            head=head.value,
+        )
     else:
-        build = build_model(str(model), activations=activations.value if activations else None)
+        build = build_model(
+            str(model), activations=activations.value if activations else None, kv=kv.value, head=head.value
+        )
     with progress_bar("Measuring") as progress:
         report = benchmark(build, plan, model=str(shape or model), progress=progress)
     if output is not None:
@@ -64,6 +78,7 @@ def command(
     print_table(
         {
             "model": f"{report.model}, {report.activations} activations, {report.weight_bytes / 1e6:,.0f} MB weights",
+            "head": f"{report.head}, {report.head_bytes / 1e6:,.0f} MB; keys and values {report.kv}",
             "machine": f"{machine.cpu}, {machine.cores} cores; {machine.compiler}, Highway {machine.highway}",
             "reads": ", ".join(f"{rate / 1e9:.1f} GB/s with {n}" for n, rate in machine.read_bandwidth.items()),
             "multiplies": "; ".join(

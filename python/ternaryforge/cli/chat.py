@@ -12,7 +12,11 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    HeadMode,
+    HeadOption,
     JsonOption,
+    KvOption,
+    KvType,
     MinPOption,
     RepetitionPenaltyOption,
     SeedOption,
@@ -58,6 +62,8 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     activations: ActivationsOption = None,
+    kv: KvOption = KvType.F32,
+    head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -67,7 +73,7 @@ def command(
     from ternaryforge.model import TernaryModel
 
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None
+        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
     )
     if template is not None:
         names = loaded.require_tokenizer().named_tokens

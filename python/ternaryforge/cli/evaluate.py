@@ -9,7 +9,11 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    HeadMode,
+    HeadOption,
     JsonOption,
+    KvOption,
+    KvType,
     SeedOption,
     ThreadsOption,
     print_json,
@@ -34,6 +38,8 @@ def command(
     window: Annotated[int | None, typer.Option(min=4, help="Tokens seen at once; default: the protocol's.")] = None,
     max_documents: Annotated[int | None, typer.Option(min=1, help="Only the first ones, with 'documents'.")] = None,
     activations: ActivationsOption = None,
+    kv: KvOption = KvType.F32,
+    head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -47,7 +53,7 @@ def command(
     except UnicodeDecodeError as error:
         raise ValueError(f"[evaluate] '{text}' is not UTF-8: {error}") from None
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None
+        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
     )
     with progress_bar("Evaluating") as progress:
         result = loaded.perplexity(

@@ -8,7 +8,11 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    HeadMode,
+    HeadOption,
     JsonOption,
+    KvOption,
+    KvType,
     MinPOption,
     RepetitionPenaltyOption,
     SeedOption,
@@ -33,6 +37,8 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     activations: ActivationsOption = None,
+    kv: KvOption = KvType.F32,
+    head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -41,7 +47,7 @@ def command(
     from ternaryforge.model import TernaryModel
 
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None
+        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
     )
     loaded.require_tokenizer()
     stream = loaded.stream(

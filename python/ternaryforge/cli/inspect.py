@@ -39,6 +39,8 @@ def command(
     }
     for dtype, entry in found.tensors.items():
         rows[dtype] = f"{entry['count']} tensors, {entry['elements']:,} elements"
+    if found.head_bytes is not None:
+        rows["head"] = ", ".join(f"{name} {size:,} bytes" for name, size in found.head_bytes.items())
     if found.quantization is not None:
         rows["quantization"] = ", ".join(f"{k} {v}" for k, v in found.quantization.items())
     if found.tokenizer is not None:

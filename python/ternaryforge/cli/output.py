@@ -20,12 +20,39 @@ class Activations(StrEnum):
     FLOAT = "float"
 
 
+class KvType(StrEnum):
+    """Values of `--kv`."""
+
+    F32 = "f32"
+    F16 = "f16"
+    INT8 = "int8"
+
+
+class HeadMode(StrEnum):
+    """Values of `--head`."""
+
+    EXACT = "exact"
+    INT8 = "int8"
+    INT6 = "int6"
+    INT4 = "int4"
+    TWO_STAGE = "two-stage"
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: the physical cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 ActivationsOption = Annotated[
     Activations | None,
     typer.Option("--activations", help="Default: what the checkpoint was made for."),
+]
+
+KvOption = Annotated[
+    KvType, typer.Option("--kv", help="How keys and values are remembered: f16 and int8 read less at long contexts.")
+]
+
+HeadOption = Annotated[
+    HeadMode,
+    typer.Option("--head", help="Quantize the output head; two-stage chooses the exact head's tokens, but reads less."),
 ]
 
 TemperatureOption = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
