@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors of the core: one throwing check and the exception for bad files.
+// Errors of the core: one throwing check, and the exceptions for bad files and for the file system.
 #pragma once
 
 #include <sstream>
@@ -13,6 +13,19 @@ namespace tf {
 class FormatError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+};
+
+// The file system refused. Python sees the OSError of this number (FileNotFoundError and so on).
+class FileError : public std::runtime_error {
+ public:
+  FileError(int number, const std::string& path)
+      : std::runtime_error(path), number_(number), path_(path) {}
+  int number() const { return number_; }  // an errno
+  const std::string& path() const { return path_; }
+
+ private:
+  int number_;
+  std::string path_;
 };
 
 // Concatenates its arguments as `operator<<` prints them.

@@ -9,6 +9,8 @@ namespace tf {
 void register_base(pybind11::module_& module);
 void register_simd(pybind11::module_& module);
 void register_formats(pybind11::module_& module);
+void register_file_formats(pybind11::module_& module);
+void register_io(pybind11::module_& module);
 void register_kernels(pybind11::module_& module);
 void register_float_kernels(pybind11::module_& module);
 void register_machine_limits(pybind11::module_& module);

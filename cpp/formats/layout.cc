@@ -11,6 +11,7 @@
 #include "formats/hf_packed.h"
 #include "formats/onebit.h"
 #include "formats/t16.h"
+#include "formats/ternary_codec.h"
 
 namespace tf {
 namespace {
@@ -21,7 +22,7 @@ struct LayoutEntry {
   Alphabet alphabet;
 };
 
-constexpr std::array<LayoutEntry, 8> kLayouts = {{
+constexpr std::array<LayoutEntry, 21> kLayouts = {{
     {Layout::kF32, "f32", Alphabet::kFloat},
     {Layout::kF16, "f16", Alphabet::kFloat},
     {Layout::kBf16, "bf16", Alphabet::kFloat},
@@ -30,6 +31,19 @@ constexpr std::array<LayoutEntry, 8> kLayouts = {{
     {Layout::kOnebit, "onebit", Alphabet::kTrit},
     {Layout::kOnebitBinary, "onebit_binary", Alphabet::kTrit},
     {Layout::kT16, "t16", Alphabet::kTrit},
+    {Layout::kI2S, "i2_s", Alphabet::kTrit},
+    {Layout::kI2S64, "i2_s_64", Alphabet::kTrit},
+    {Layout::kI2SRows4, "i2_s_rows4", Alphabet::kTrit},
+    {Layout::kTq10, "tq1_0", Alphabet::kTrit},
+    {Layout::kTq20, "tq2_0", Alphabet::kTrit},
+    {Layout::kQ10, "q1_0", Alphabet::kTrit},
+    {Layout::kQ20, "q2_0", Alphabet::kTrit},
+    {Layout::kPq20, "pq2_0", Alphabet::kTrit},
+    {Layout::kPtq10, "ptq1_0", Alphabet::kTrit},
+    {Layout::kQ2K, "q2_k", Alphabet::kTrit},
+    {Layout::kQ40, "q4_0", Alphabet::kTrit},
+    {Layout::kIq1Bn, "iq1_bn", Alphabet::kTrit},
+    {Layout::kIq2Bn, "iq2_bn", Alphabet::kTrit},
 }};
 
 const LayoutEntry& Entry(Layout layout) { return kLayouts[static_cast<size_t>(layout)]; }
@@ -39,6 +53,8 @@ const LayoutEntry& Entry(Layout layout) { return kLayouts[static_cast<size_t>(la
 Alphabet AlphabetOf(Layout layout) { return Entry(layout).alphabet; }
 
 std::string_view LayoutName(Layout layout) { return Entry(layout).name; }
+
+bool HoldsScales(Layout layout) { return FindTernaryCodec(layout) != nullptr; }
 
 Layout LayoutFromName(std::string_view name) {
   std::string known;
@@ -71,8 +87,9 @@ size_t LayoutBytes(Layout layout, size_t rows, size_t cols) {
       return OnebitBinaryBytes(rows, cols);
     case Layout::kT16:
       return T16Bytes(rows, cols);
+    default:
+      return FindTernaryCodec(layout)->bytes(rows, cols);
   }
-  throw std::invalid_argument("[layout] unknown layout");
 }
 
 }  // namespace tf

@@ -19,10 +19,27 @@ enum class Layout : uint8_t {
   kOnebit,        // 2 bits a weight, as in .1bit files, see formats/onebit.h
   kOnebitBinary,  // 1 bit a weight, as in .1bit files
   kT16,           // run-time tiles of 16 rows x 16 columns, see formats/t16.h
+  // Files of other engines: codes and scales, see the file of the same name in formats/.
+  kI2S,
+  kI2S64,
+  kI2SRows4,
+  kTq10,
+  kTq20,
+  kQ10,
+  kQ20,
+  kPq20,
+  kPtq10,
+  kQ2K,  // as exact ternary
+  kQ40,  // as exact ternary
+  kIq1Bn,
+  kIq2Bn,
 };
 
 // The alphabet whose codes this layout holds.
 Alphabet AlphabetOf(Layout layout);
+
+// Whether the bytes hold the scales too: a TernaryCodec reads them.
+bool HoldsScales(Layout layout);
 
 // The lower-case public name ("f32", "hf_packed", "t16", ...), and back; `LayoutFromName` throws
 // std::invalid_argument that lists the known names.

@@ -49,8 +49,14 @@ PackedTensor::PackedTensor(Layout layout, size_t rows, size_t cols, std::span<co
   const size_t expected = LayoutBytes(layout, rows, cols);
   Check(bytes.size() == expected, "[packed_tensor] ", LayoutName(layout), " of ", rows, " x ", cols,
         " takes ", expected, " bytes, got ", bytes.size());
-  Check((scales_.kind == ScaleKind::kNone) == (alphabet() == Alphabet::kFloat),
-        "[packed_tensor] floats have no scale and codes need one, layout ", LayoutName(layout));
+  if (HoldsScales(layout)) {
+    Check(scales_.kind == ScaleKind::kNone || scales_.kind == ScaleKind::kTensor,
+          "[packed_tensor] ", LayoutName(layout),
+          " holds its scales; only one factor for the whole tensor may come on top");
+  } else {
+    Check((scales_.kind == ScaleKind::kNone) == (alphabet() == Alphabet::kFloat),
+          "[packed_tensor] floats have no scale and codes need one, layout ", LayoutName(layout));
+  }
   Check(alphabet() != Alphabet::kInt8 || scales_.kind != ScaleKind::kGroup,
         "[packed_tensor] int8 codes have one scale per tensor or row, not per group");
 }

@@ -32,8 +32,10 @@ struct Scales {
 Scales MakeScales(ScaleKind kind, size_t group_size, ScaleConvention convention,
                   std::vector<float> stored, size_t rows, size_t cols);
 
-// A matrix of `rows` output features x `cols` input features. The bytes are either owned or mapped;
-// `owner` keeps them alive. Copies share the bytes, which never change after construction.
+// A matrix of `rows` output features x `cols` input features. In a layout that holds its scales,
+// Scales are kNone, or kTensor for one more factor (the `.scale` tensor of GGUF files). The bytes
+// are either owned or mapped; `owner` keeps them alive. Copies share the bytes, which never change
+// after construction.
 class PackedTensor {
  public:
   PackedTensor() = default;

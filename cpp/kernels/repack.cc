@@ -3,11 +3,15 @@
 #include "kernels/repack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "formats/hf_packed.h"
 #include "formats/t16.h"
+#include "formats/ternary_codec.h"
 
 namespace tf {
 namespace {
@@ -47,12 +51,79 @@ void RepackPanel(const PackedTensor& weight, size_t panel, uint8_t* tiles) {
   }
 }
 
+// The codes [cols] of one row into the tiles of its panel.
+void PutRow(const uint8_t* codes, size_t cols, size_t row, uint8_t* tiles) {
+  const size_t whole_tiles = cols / kT16TileCols;
+  uint8_t* to = tiles + 4 * row;
+  for (size_t tile = 0; tile < whole_tiles; ++tile) {
+    const uint32_t word = InterleavePlanes(codes + tile * kT16TileCols, 0);
+    std::memcpy(to + tile * kTileBytes, &word, sizeof(word));
+  }
+  if (cols % kT16TileCols != 0) {
+    uint8_t rest[kT16TileCols];
+    std::memset(rest, 1, sizeof(rest));
+    std::memcpy(rest, codes + whole_tiles * kT16TileCols, cols % kT16TileCols);
+    const uint32_t word = InterleavePlanes(rest, 0);
+    std::memcpy(to + whole_tiles * kTileBytes, &word, sizeof(word));
+  }
+}
+
+// The scales of a file as run-time scales, times `factor`.
+Scales RuntimeScales(const TernaryCodec& codec, std::span<const float> stored, size_t rows,
+                     size_t cols, float factor) {
+  const size_t unit = codec.scale_kind == ScaleKind::kGroup ? codec.block_cols : cols;
+  CollapsedScales collapsed = CollapseScales(stored, rows, cols, unit);
+  Check(collapsed.kind != ScaleKind::kGroup || collapsed.group_size % kChunkCols == 0, "[repack] ",
+        LayoutName(codec.layout), " has one scale per ", codec.block_cols,
+        " columns and neighbours differ; run-time tiles take groups of ", kChunkCols,
+        " columns at least: use the tensor as dense");
+  for (float& value : collapsed.values) value *= factor;
+  return MakeScales(collapsed.kind, collapsed.group_size, ScaleConvention::kMultiply,
+                    std::move(collapsed.values), rows, cols);
+}
+
+PackedTensor RepackFileLayout(const TernaryCodec& codec, const PackedTensor& weight,
+                              const Team& team) {
+  const size_t rows = weight.rows(), cols = weight.cols();
+  const size_t per_row = codec.ScalesPerRow(cols);
+  std::vector<float> scales(rows * per_row);
+  AlignedArray<uint8_t> tiles(T16Bytes(rows, cols));
+  AlignedArray<uint8_t> codes(team.threads() * RoundUp(cols, kAlignment));
+  std::atomic<size_t> bad_row = rows;
+  team.Run([&](Worker& worker) {
+    uint8_t* row_codes = codes.data() + worker.index() * RoundUp(cols, kAlignment);
+    const Range panels = worker.Share(PanelCount(rows));
+    for (size_t panel = panels.begin; panel < panels.end; ++panel) {
+      uint8_t* panel_tiles = tiles.data() + panel * T16PanelBytes(cols);
+      std::memset(panel_tiles, kT16Zeros, T16PanelBytes(cols));
+      const size_t begin = panel * kPanelRows, end = std::min(rows, begin + kPanelRows);
+      for (size_t row = begin; row < end; ++row) {
+        if (!DecodeTernaryRow(codec, weight.bytes(), rows, cols, row, row_codes,
+                              &scales[row * per_row])) {
+          bad_row = row;
+          return;
+        }
+        PutRow(row_codes, cols, row - begin, panel_tiles);
+      }
+    }
+  });
+  if (bad_row < rows) ThrowUndecodable(codec, weight.bytes(), rows, cols, bad_row);
+  const float factor =
+      weight.scales().kind == ScaleKind::kTensor ? weight.scales().effective[0] : 1.0f;
+  Scales runtime = RuntimeScales(codec, scales, rows, cols, factor);
+  auto owner = std::make_shared<AlignedArray<uint8_t>>(std::move(tiles));
+  const std::span<const uint8_t> bytes = std::as_const(*owner).span();
+  return PackedTensor(Layout::kT16, rows, cols, bytes, std::move(owner), std::move(runtime));
+}
+
 }  // namespace
 
 PackedTensor RepackT16(const PackedTensor& weight, const Team& team) {
   if (weight.layout() == Layout::kT16) return weight;
-  Check(weight.layout() == Layout::kHfPacked, "[repack] only hf_packed can become t16, got ",
-        LayoutName(weight.layout()));
+  if (const TernaryCodec* codec = FindTernaryCodec(weight.layout()))
+    return RepackFileLayout(*codec, weight, team);
+  Check(weight.layout() == Layout::kHfPacked,
+        "[repack] hf_packed and file layouts become t16, got ", LayoutName(weight.layout()));
   if (!HfPackedIsValid(weight.bytes())) {
     throw FormatError(
         "[repack] a code is 3, which stands for no trit: the data is not ternary or is damaged");

@@ -7,9 +7,11 @@
 
 namespace tf {
 
-// The same ternary matrix in layout t16; scales are kept. weight: layout hf_packed or t16 (returned
-// as it is). Throws FormatError when a code stands for no trit, std::invalid_argument for other
-// layouts.
+// The same ternary matrix in layout t16. weight: layout hf_packed (scales are kept), t16 (returned
+// as it is), or one that holds its scales: they become the coarsest kind that is exact (one for the
+// tensor, one per row, else groups), multiplied by the tensor's own factor where it has one. Throws
+// FormatError when a code stands for no trit, std::invalid_argument for other layouts and where
+// scales of groups below kChunkCols columns differ.
 PackedTensor RepackT16(const PackedTensor& weight, const Team& team);
 
 }  // namespace tf

@@ -1,6 +1,8 @@
 """Types of the compiled core. One submodule per C++ layer."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -48,7 +50,10 @@ class formats:
 
         def __init__(
             self,
-            layout: str,  # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16"
+            layout: str,
+            # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16"; and those that hold their scales:
+            # "i2_s" "i2_s_64" "i2_s_rows4" "tq1_0" "tq2_0" "q1_0" "q2_0" "pq2_0" "ptq1_0" "q2_k" "q4_0" "iq1_bn"
+            # "iq2_bn", with scale_kind "none", or "tensor" for one more factor (the .scale tensor of GGUF files)
             rows: int,
             cols: int,
             data: object,  # any contiguous read-only buffer of the layout's size (memoryview, mmap slice, ndarray)
@@ -74,6 +79,59 @@ class formats:
     def layout_bytes(layout: str, rows: int, cols: int) -> int: ...
     @staticmethod
     def hf_packed_is_valid(data: UInt8) -> bool: ...
+
+    # Layouts that hold their scales; the name of a GGUF type, lower-case, is the name of its layout. Scales are not
+    # negative, and where one is 0 its trits are. Raises FormatError where the data are not ternary.
+    @staticmethod
+    def decode_ternary(
+        layout: str, data: UInt8, rows: int, cols: int, *, threads: int = 1
+    ) -> tuple[Int8, Float32]: ...  # trits [rows, cols]; scales [1, 1], [rows, 1] or [rows, blocks], by the layout
+    @staticmethod
+    def encode_ternary(
+        layout: str, trits: Int8, scales: Float32, *, group_size: int = 0, threads: int = 1
+    ) -> UInt8: ...  # scales [1], [rows] or [rows, groups]; exact, else ValueError that says where and why
+    @staticmethod
+    def collapse_scales(
+        scales: Float32, cols: int, block_cols: int
+    ) -> tuple[Literal["tensor", "row", "group"], int, Float32]: ...
+    # [rows, blocks] -> the coarsest exact kind, group_size, scales [1], [rows] or [rows, groups]; 0 fits any scale
+    # Dense types by their GGUF names: F32 F16 BF16 Q8_0 Q6_K Q4_0, and Q2_K to read
+    @staticmethod
+    def dequantize(type_name: str, data: UInt8, rows: int, cols: int, *, threads: int = 1) -> Float32: ...
+    @staticmethod
+    def quantize(type_name: str, values: Float32, *, threads: int = 1) -> UInt8: ...
+
+class io:
+    class GgufTensor:
+        """One tensor of an open GGUF file."""
+
+        name: str
+        type_id: int
+        type_name: str  # "TQ2_0"; under the number 42 "Q2_0", "PQ2_0", "TL2" or "STQ1_0", whichever the sizes show
+        type_owner: str  # the engine that defined the type
+        shape: tuple[int, ...]  # slowest first, as NumPy: (rows, cols)
+        offset: int  # from the start of the file `path`
+        path: Path
+        data: UInt8  # read-only view of the mapped file, keeps it alive
+
+    class GgufFile:
+        """A GGUF file (version 2 or 3), or the first part of a split one: the others are opened too.
+
+        Raises OSError, and FormatError that names the file, and the key or tensor, for whatever breaks the format.
+        """
+
+        def __init__(
+            self,
+            path: str | os.PathLike[str],
+            *,
+            type_42: str = "",  # "Q2_0" or "PQ2_0" where sizes cannot tell what the type number 42 means
+        ) -> None: ...
+        version: int
+        alignment: int
+        metadata: dict[str, object]  # in file order; int, float, bool, str or a list of them
+        metadata_types: dict[str, str]  # "uint32", "string", "array[float32]", ...
+        tensors: dict[str, io.GgufTensor]  # in file order
+        paths: list[Path]
 
 class kernels:
     @staticmethod
