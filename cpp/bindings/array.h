@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -50,6 +51,18 @@ inline std::vector<size_t> ShapeOf(const pybind11::array& array) {
 template <typename T>
 std::span<T> SpanOf(pybind11::array_t<T>& array) {
   return {array.mutable_data(), static_cast<size_t>(array.size())};
+}
+
+// The bytes of a C-contiguous buffer of any element type. They live as long as `info`.
+inline std::span<const uint8_t> BytesOf(const pybind11::buffer_info& info, std::string_view op) {
+  pybind11::ssize_t expected_stride = info.itemsize;
+  for (pybind11::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
+    const auto i = static_cast<size_t>(axis);
+    Check(info.shape[i] <= 1 || info.strides[i] == expected_stride, "[", op,
+          "] data is C-contiguous");
+    expected_stride *= info.shape[i];
+  }
+  return {static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
 }
 
 }  // namespace tf

@@ -13,6 +13,7 @@
 #include "bindings/array.h"
 #include "bindings/registers.h"
 #include "formats/dense_codec.h"
+#include "formats/mlx.h"
 #include "formats/ternary_codec.h"
 
 namespace tf {
@@ -113,6 +114,26 @@ py::tuple PyCollapseScales(const py::array& scales, size_t cols, size_t block_co
   return py::make_tuple(kind, collapsed.group_size, result);
 }
 
+py::tuple PyDecodeMlx(const py::array& codes, const py::array& scales, const py::array& biases,
+                      size_t bits, size_t group_size, size_t threads) {
+  const std::span<const uint8_t> bytes = TakeArray<uint8_t>(codes, 1, "decode_mlx", "codes");
+  const std::span<const float> scale_span = TakeArray<float>(scales, 2, "decode_mlx", "scales");
+  const std::span<const float> bias_span = TakeArray<float>(biases, 2, "decode_mlx", "biases");
+  const size_t rows = ShapeOf(scales)[0], groups = ShapeOf(scales)[1];
+  const size_t cols = groups * group_size;
+  const Team team(threads);
+  py::array_t<int8_t> trits({rows, cols});
+  py::array_t<float> trit_scales({rows, groups});
+  const std::span<int8_t> trit_span = SpanOf(trits);
+  const std::span<float> out_span = SpanOf(trit_scales);
+  {
+    const py::gil_scoped_release release;
+    DecodeMlx(bytes, scale_span, bias_span, bits, group_size, rows, cols, team, trit_span,
+              out_span);
+  }
+  return py::make_tuple(trits, trit_scales);
+}
+
 py::array_t<float> PyDequantize(const std::string& type, const py::array& data, size_t rows,
                                 size_t cols, size_t threads) {
   const DenseCodec& codec = DenseFromName(type);
@@ -154,6 +175,9 @@ void register_file_formats(py::module_& formats) {
       "collapse_scales", &PyCollapseScales, py::arg("scales"), py::arg("cols"),
       py::arg("block_cols"),
       "Block scales [rows, blocks] as the coarsest exact kind: (kind, group_size, scales).");
+  formats.def("decode_mlx", &PyDecodeMlx, py::arg("codes"), py::arg("scales"), py::arg("biases"),
+              py::kw_only(), py::arg("bits"), py::arg("group_size"), py::arg("threads") = 1,
+              "Trits [rows, cols] and scales [rows, groups] of MLX's affine groups.");
   formats.def("dequantize", &PyDequantize, py::arg("type_name"), py::arg("data"), py::arg("rows"),
               py::arg("cols"), py::kw_only(), py::arg("threads") = 1,
               "Float32 [rows, cols] of a dense GGUF type.");

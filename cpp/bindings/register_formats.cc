@@ -52,15 +52,7 @@ PackedTensor FromBuffer(const std::string& layout, size_t rows, size_t cols, con
                         const std::string& scale_kind, size_t group_size,
                         const std::string& convention, const py::object& scales) {
   py::buffer_info info = data.request();
-  py::ssize_t expected_stride = info.itemsize;
-  for (py::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
-    const auto i = static_cast<size_t>(axis);
-    Check(info.shape[i] <= 1 || info.strides[i] == expected_stride,
-          "[packed_tensor] data is C-contiguous");
-    expected_stride *= info.shape[i];
-  }
-  const std::span<const uint8_t> bytes(static_cast<const uint8_t*>(info.ptr),
-                                       static_cast<size_t>(info.size * info.itemsize));
+  const std::span<const uint8_t> bytes = BytesOf(info, "packed_tensor");
   std::vector<float> stored;
   if (!scales.is_none()) {
     const auto flat = py::array::ensure(scales).reshape({-1});
@@ -77,8 +69,9 @@ py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name
   const std::span<const int8_t> values = TakeArray<int8_t>(trits, 2, "pack", "trits");
   const size_t rows = ShapeOf(trits)[0], cols = ShapeOf(trits)[1];
   const Layout layout = LayoutFromName(layout_name);
-  Check(AlphabetOf(layout) == Alphabet::kTrit, "[pack] a ternary layout is needed, got ",
-        layout_name);
+  Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
+        "[pack] a ternary layout without scales is needed, got ", layout_name,
+        ": see encode_ternary and decode_ternary");
   py::array_t<uint8_t> packed(std::vector<size_t>{LayoutBytes(layout, rows, cols)});
   const std::span<uint8_t> out = SpanOf(packed);
   const py::gil_scoped_release release;
@@ -102,8 +95,9 @@ py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name
                            size_t cols) {
   const std::span<const uint8_t> bytes = TakeArray<uint8_t>(data, 1, "unpack", "data");
   const Layout layout = LayoutFromName(layout_name);
-  Check(AlphabetOf(layout) == Alphabet::kTrit, "[unpack] a ternary layout is needed, got ",
-        layout_name);
+  Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
+        "[unpack] a ternary layout without scales is needed, got ", layout_name,
+        ": see encode_ternary and decode_ternary");
   Check(bytes.size() == LayoutBytes(layout, rows, cols), "[unpack] ", layout_name, " of ", rows,
         " x ", cols, " takes ", LayoutBytes(layout, rows, cols), " bytes, got ", bytes.size());
   auto trits = py::array_t<int8_t>({rows, cols});

@@ -13,6 +13,8 @@
 
 namespace tf {
 
+static_assert(std::endian::native == std::endian::little, "words are stored as they lie in files");
+
 inline float LoadF16(const uint8_t* from) {
   return FloatFromF16(static_cast<uint16_t>(from[0] | from[1] << 8));
 }
@@ -97,8 +99,9 @@ void EncodePlanes(const uint8_t* codes, uint8_t* bytes) {
 template <size_t Count>
 void DecodeSequence(const uint8_t* bytes, uint8_t* codes) {
   for (size_t j = 0; j < Count; ++j) {
-    for (size_t k = 0; k < 4; ++k)
-      codes[4 * j + k] = static_cast<uint8_t>((bytes[j] >> (2 * k)) & 3);
+    const uint32_t byte = bytes[j];
+    const uint32_t word = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303u;
+    std::memcpy(codes + 4 * j, &word, sizeof(word));
   }
 }
 

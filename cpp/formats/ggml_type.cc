@@ -41,7 +41,7 @@ constexpr GgmlType kTypes[] = {
     {30, "BF16", "llama.cpp", 1, 2, 0, 0},
     {34, "TQ1_0", "llama.cpp", 256, 54, 0, 0},
     {35, "TQ2_0", "llama.cpp", 256, 66, 0, 0},
-    {36, "I2_S", "bitnet.cpp", 4, 1, 0, 32},
+    {36, "I2_S", "bitnet.cpp", 128, 32, 0, 32},
     {38, "TL1", "bitnet.cpp", 4, 1, 0, 32},
     {39, "MXFP4", "llama.cpp", 32, 17, 0, 0},
     {39, "TL2", "bitnet.cpp", 0, 0, 0, 32},

@@ -13,8 +13,12 @@ struct Block {
   static constexpr size_t kCols = 128, kBytes = 18;
 
   static float Decode(const uint8_t* bytes, uint8_t* codes) {
-    for (size_t col = 0; col < kCols; ++col)
-      codes[col] = static_cast<uint8_t>(((bytes[2 + col / 8] >> (col % 8)) & 1) * 2);
+    for (size_t j = 0; j < kCols / 8; ++j) {
+      // Byte i of the word keeps bit i; adding 0x7F carries it to the top where it is set.
+      const uint64_t bits = (bytes[2 + j] * 0x0101010101010101u) & 0x8040201008040201u;
+      const uint64_t word = ((bits + 0x7F7F7F7F7F7F7F7Fu) >> 6) & 0x0202020202020202u;
+      std::memcpy(codes + 8 * j, &word, sizeof(word));
+    }
     return LoadF16(bytes);
   }
   static void Encode(const uint8_t* codes, float scale, uint8_t* bytes) {

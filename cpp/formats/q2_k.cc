@@ -7,6 +7,7 @@
 //   bytes 80-83   d and dmin, f16
 //
 // weight = d a q - dmin b. Written with a = b = 1 and d = dmin = s, so that q is trit + 1.
+#include <algorithm>
 #include <cmath>
 
 #include "formats/block_codec.h"
@@ -23,6 +24,9 @@ struct Block {
   static float Decode(const uint8_t* bytes, uint8_t* codes) {
     DecodePlanes<32, FirstPlane::kLowBits>(bytes + 16, codes);
     DecodePlanes<32, FirstPlane::kLowBits>(bytes + 48, codes + 128);
+    if (std::all_of(bytes, bytes + 16, [](uint8_t byte) { return byte == 0x11; }) &&
+        std::memcmp(bytes + 80, bytes + 82, 2) == 0)
+      return LoadF16(bytes + 80);  // as written here: q = 3 is 2 s, which is no trit
     const double d = LoadF16(bytes + 80), minimum = LoadF16(bytes + 82);
     if (!std::isfinite(d) || !std::isfinite(minimum)) return std::nanf("");
     double scale = 0;

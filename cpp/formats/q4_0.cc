@@ -18,6 +18,18 @@ struct Block {
   static constexpr size_t kCols = 32, kBytes = 18;
 
   static float Decode(const uint8_t* bytes, uint8_t* codes) {
+    uint8_t beyond = 0;  // whether a level is none of -1, 0, +1
+    for (size_t j = 0; j < 16; ++j) {
+      const auto low = static_cast<uint8_t>((bytes[2 + j] & 15) - 7);
+      const auto high = static_cast<uint8_t>((bytes[2 + j] >> 4) - 7);
+      codes[j] = low;
+      codes[16 + j] = high;
+      beyond = static_cast<uint8_t>(beyond | (low > 2) | (high > 2));
+    }
+    return beyond == 0 ? LoadF16(bytes) : DecodeOtherLevels(bytes, codes);
+  }
+  // Levels -n, 0, +n: what rounding a block makes of ternary weights that have one sign.
+  static float DecodeOtherLevels(const uint8_t* bytes, uint8_t* codes) {
     int levels[kCols];
     int largest = 0;
     for (size_t j = 0; j < 16; ++j) {

@@ -142,6 +142,21 @@ uint64_t AlignmentOf(const GgufCursor& cursor, const std::vector<GgufValue>& met
   return alignment;
 }
 
+// Tensors follow one another with nothing but padding between them; more bytes mean that this
+// reader and the writer do not agree on a type. Behind the last tensor anything may lie, except for
+// I2_S, whose number was once a larger type of llama.cpp.
+void CheckGap(const GgufCursor& cursor, const GgufTensor& tensor, const GgmlType& type,
+              uint64_t unused, uint64_t alignment, bool last) {
+  // bitnet.cpp wrote one more slot behind its table types.
+  const uint64_t slots = type.name == "TL1" || type.name == "TL2" ? 2 : 1;
+  if (unused < slots * alignment || (last && type.name != "I2_S")) return;
+  cursor.Fail("tensor '", tensor.name, "' (", type.name, " of ", type.owner, ") leaves ", unused,
+              " bytes unused",
+              type.name == "I2_S" ? ": it may be IQ4_NL_4_4, a type that llama.cpp removed; "
+                                    "convert the source model again"
+                                  : ": the file is damaged or of an unknown engine");
+}
+
 // From offsets in the data section to views of the file.
 void PlaceTensors(const GgufCursor& cursor, std::span<const uint8_t> file, uint64_t data_begin,
                   uint64_t alignment, const std::vector<uint32_t>& type_ids,
@@ -158,6 +173,9 @@ void PlaceTensors(const GgufCursor& cursor, std::span<const uint8_t> file, uint6
     if (tensor.offset > data_bytes)
       cursor.Fail("tensor '", tensor.name, "' begins at offset ", tensor.offset, " of ", data_bytes,
                   " bytes of data: the file was cut off or is damaged");
+    if (i == 0 && tensor.offset != 0)
+      cursor.Fail("tensor '", tensor.name, "' begins at offset ", tensor.offset,
+                  ", the first one begins at 0");
     if (!last && end <= tensor.offset)
       cursor.Fail("tensor '", tensors[i + 1].name, "' begins at offset ", end,
                   ", not after the tensor '", tensor.name, "' before it");
@@ -180,6 +198,7 @@ void PlaceTensors(const GgufCursor& cursor, std::span<const uint8_t> file, uint6
       cursor.Fail("tensor '", tensor.name, "' (", types[i]->name, ") takes ", size,
                   " bytes and has ", rooms[i].bytes,
                   " before the next tensor or the end of the file: it was cut off or is damaged");
+    CheckGap(cursor, tensor, *types[i], rooms[i].bytes - size, alignment, i + 1 == tensors.size());
     tensor.type = types[i];
     tensor.offset += data_begin;
     tensor.data = file.subspan(static_cast<size_t>(tensor.offset), static_cast<size_t>(size));
@@ -202,17 +221,16 @@ Part ReadPart(std::span<const uint8_t> file, const std::string& path, std::strin
       tensor_count > cursor.remaining() / kSmallestTensor)
     cursor.Fail("the header counts ", tensor_count, " tensors and ", value_count,
                 " keys, more than ", cursor.remaining(), " bytes can hold");
-  std::unordered_set<std::string_view> seen;
-  part.metadata.reserve(static_cast<size_t>(value_count));
+  std::unordered_set<std::string> seen;
   for (uint64_t i = 0; i < value_count; ++i) {
     part.metadata.push_back(TakeValue(cursor, file));
     if (!seen.insert(part.metadata.back().key).second)
       cursor.Fail("the key '", part.metadata.back().key, "' is there twice");
   }
   part.alignment = AlignmentOf(cursor, part.metadata);
-  std::vector<uint32_t> type_ids(static_cast<size_t>(tensor_count));
-  part.tensors.reserve(static_cast<size_t>(tensor_count));
-  for (uint32_t& type_id : type_ids) part.tensors.push_back(TakeTensor(cursor, &type_id));
+  std::vector<uint32_t> type_ids;  // grows with what was read: a count may lie
+  for (uint64_t i = 0; i < tensor_count; ++i)
+    part.tensors.push_back(TakeTensor(cursor, &type_ids.emplace_back()));
   PlaceTensors(cursor, file, RoundUp(cursor.position(), part.alignment), part.alignment, type_ids,
                type_42, part.tensors);
   return part;

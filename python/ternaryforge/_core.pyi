@@ -95,6 +95,11 @@ class formats:
         scales: Float32, cols: int, block_cols: int
     ) -> tuple[Literal["tensor", "row", "group"], int, Float32]: ...
     # [rows, blocks] -> the coarsest exact kind, group_size, scales [1], [rows] or [rows, groups]; 0 fits any scale
+    @staticmethod
+    def decode_mlx(
+        codes: UInt8, scales: Float32, biases: Float32, *, bits: int, group_size: int, threads: int = 1
+    ) -> tuple[Int8, Float32]: ...  # scales, biases [rows, groups] -> trits [rows, cols], scales [rows, groups]
+
     # Dense types by their GGUF names: F32 F16 BF16 Q8_0 Q6_K Q4_0, and Q2_K to read
     @staticmethod
     def dequantize(type_name: str, data: UInt8, rows: int, cols: int, *, threads: int = 1) -> Float32: ...
@@ -132,6 +137,21 @@ class io:
         metadata_types: dict[str, str]  # "uint32", "string", "array[float32]", ...
         tensors: dict[str, io.GgufTensor]  # in file order
         paths: list[Path]
+
+    class GgufWriter:
+        """Declares keys and tensors, then takes the tensors' bytes in that order, in any pieces.
+
+        Writes to a temporary file beside `path` that takes its name in finish(), and is gone when the `with` block
+        ends without.
+        """
+
+        def __init__(self, path: str | os.PathLike[str], alignment: int = 32) -> None: ...
+        def add_metadata(self, key: str, value: object, value_type: str) -> None: ...  # as in metadata_types
+        def add_tensor(self, name: str, shape: Sequence[int], type_name: str) -> None: ...
+        def write(self, name: str, data: object) -> None: ...  # any C-contiguous buffer
+        def finish(self) -> None: ...
+        def __enter__(self) -> io.GgufWriter: ...
+        def __exit__(self, *error: object) -> None: ...
 
 class kernels:
     @staticmethod

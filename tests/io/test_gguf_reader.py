@@ -81,13 +81,14 @@ def test_every_type_of_value(tmp_path: Path) -> None:
 
 def test_alignment_and_four_dimensions(tmp_path: Path) -> None:
     data = np.arange(2 * 3 * 4 * 5, dtype=np.float32).tobytes()
-    content = gguf_file(
-        [entry("general.alignment", U32, 128)], [tensor("t", (5, 4, 3, 2), 0, 128)], bytes(128) + data, alignment=128
-    )
+    tensors = [tensor("t", (5, 4, 3, 2), 0, 0), tensor("u", (3,), 24, 512)]
+    content = gguf_file([entry("general.alignment", U32, 128)], tensors, data + bytes(32) + b"abc", alignment=128)
     file = io.GgufFile(write(tmp_path / "a.gguf", content))
     assert file.alignment == 128
     assert file.tensors["t"].shape == (2, 3, 4, 5)
     assert file.tensors["t"].data.tobytes() == data
+    assert file.tensors["u"].data.tobytes() == b"abc"
+    assert {t.offset % 128 for t in file.tensors.values()} == {0}
 
 
 def test_the_data_keep_the_file_mapped(tmp_path: Path) -> None:
