@@ -394,7 +394,8 @@ static float quantize(const float* x, size_t size, int8_t* codes) {
   factor = 127.0f * (1.0f / largest);
   for (i = 0; i < size; ++i) {
     const float code = nearbyintf(x[i] * factor);
-    codes[i] = (int8_t)(code > 127.0f ? 127.0f : code < -128.0f ? -128.0f : code);
+    /* NaN, from weights that are none, becomes -128: no conversion is undefined. */
+    codes[i] = (int8_t)(code > 127.0f ? 127.0f : code >= -128.0f ? code : -128.0f);
   }
   return factor;
 }
@@ -627,7 +628,8 @@ static uint64_t cache_floats(const OnebitModel* model, uint32_t context) {
   uint32_t i;
   for (i = 0; i < model->layer_count; ++i) {
     const uint8_t* record = model->bytes + HEADER_BYTES + (size_t)i * LAYER_BYTES;
-    floats += 2 * (uint64_t)load_u32(record + 4) * load_u32(record + 8) * context;
+    floats += 2 * (uint64_t)load_u32(record + 4) * load_u32(record + 8) * context; /* <= 2^49 */
+    if (floats > (uint64_t)1 << 60) break; /* more than any memory: the sum must not wrap */
   }
   return floats;
 }

@@ -37,6 +37,10 @@ CASES: dict[str, tuple[bytes, str]] = {
     "key with a zero": (gguf_file([entry("a\0b", U32, 1)]), "zero byte"),
     "key that is no UTF-8": (gguf_file([entry(b"a\xff", U32, 1)]), "a key at byte 32 is no UTF-8"),
     "duplicate key": (gguf_file([entry("a", U32, 1), entry("a", F32, 1)]), "the key 'a' is there twice"),
+    "duplicate key after many": (
+        gguf_file([entry(f"k{i}", U32, 1) for i in [*range(40), 3]]),
+        "the key 'k3' is there twice",
+    ),
     "value type": (gguf_file([string("a") + struct.pack("<II", 13, 0)]), "key 'a' has the value type 13"),
     "bool": (gguf_file([entry("a", BOOL, 2)]), "the value of key 'a' is a bool that is neither"),
     "bool in an array": (gguf_file([entry("a", ARRAY, (BOOL, [0, 1, 7]))]), "the value of key 'a' is a bool"),

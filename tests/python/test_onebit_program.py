@@ -3,6 +3,7 @@
 
 import re
 import shutil
+import struct
 import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
@@ -141,12 +142,15 @@ def test_a_model_inside_the_program(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checked_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stops with a status of its own at the first access outside of memory or undefined operation."""
-    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    options = ("-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
     return build(tmp_path_factory.mktemp("checked") / "onebit", *options)
 
 
 def status(program: Path, file: Path, *arguments: str) -> tuple[int, str]:
-    environment = {"ASAN_OPTIONS": "exitcode=77:detect_leaks=0", "UBSAN_OPTIONS": "exitcode=77"}
+    environment = {
+        "ASAN_OPTIONS": "exitcode=77:detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "exitcode=77",
+    }
     done = subprocess.run(
         [str(program), str(file), *(arguments or ("--ids", "1,2", "--max-new-tokens", "2"))],
         capture_output=True,
@@ -190,6 +194,44 @@ def test_hostile_files(checked_program: Path, tmp_path: Path) -> None:
         hostile[12:16] = zlib.crc32(hostile[16:]).to_bytes(4, "little")
         refused += check(hostile)
     assert refused > 50
+
+
+def test_weights_that_are_no_numbers(checked_program: Path, tmp_path: Path) -> None:
+    """Infinite and undefined inputs of a layer with int8 activations."""
+    config = made_models.bitnet_config()
+    tensors = made_models.make_tensors(config)
+    made_models.write_folder(tmp_path / "model", config, tensors)
+    file = tmp_path / "model.1bit"
+    export_onebit(tmp_path / "model", file, head="f32")
+    whole = file.read_bytes()
+    embedding = tensors["model.embed_tokens.weight"][1].astype("<f4").tobytes()
+    begin = whole.index(embedding)
+    for value in (np.nan, np.inf, 3e38):
+        hostile = bytearray(whole)
+        hostile[begin : begin + len(embedding)] = np.full(len(embedding) // 4, value, "<f4").tobytes()
+        hostile[12:16] = zlib.crc32(hostile[16:]).to_bytes(4, "little")
+        file.write_bytes(hostile)
+        assert status(checked_program, file)[0] == 0
+
+
+def test_a_cache_whose_size_overflows(checked_program: Path, tmp_path: Path) -> None:
+    """8192 layers with keys of 2^24 numbers and 2^24 tokens: 2^64 bytes, one bit a weight in 2 MB that all share."""
+    wide, layers = 1 << 24, 8192
+    table = 64 + 64 * layers
+    data = table + 32 * 10
+    record = struct.pack("<8I4f2I8x", 1, 1, wide, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, table + 64)
+    number = struct.pack("<7I4x", 0, 1, 1, 0, 0, data, 0)
+    wide_rows = struct.pack("<7I4x", 4, wide, 1, 1, 0, data, data)
+    entries = [number, number, number, wide_rows, wide_rows, wide_rows]
+    entries += [struct.pack("<7I4x", 4, 1, wide, 1, 0, data, data), number]
+    entries += [struct.pack("<7I4x", 4, 1, 1, 1, 0, data, data)] * 2
+    content = struct.pack("<5I3fI12x", 1, 1, layers, wide, 1, 1e-5, 1, 0, data)
+    content += record * layers + b"".join(entries) + bytes(wide)
+    file = tmp_path / "wide.1bit"
+    file.write_bytes(struct.pack("<4s3I", b"1BIT", 1, len(content) + 16, zlib.crc32(content)) + content)
+    code, errors = status(checked_program, file, "--ids", "0")
+    assert code == 1
+    assert errors.endswith("onebit: memory: there is not enough\n")
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
