@@ -1,2 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs PyTorch."""
+"""Training with PyTorch: quantizers, layers that train as ternary, schedules and losses.
+
+    from ternaryforge.torch import QATConfig, prepare_qat
+
+Needs the extra `torch`. What needs transformers as well is in `ternaryforge.hf`.
+"""
+
+from ternaryforge.torch.distillation import DistillationLoss, FeatureTap
+from ternaryforge.torch.monitor import CodeMonitor
+from ternaryforge.torch.qat import QATConfig, QATLinear, prepare_qat, qat_layers
+from ternaryforge.torch.quantizers import QUANTIZERS, Codes, Quantizer
+from ternaryforge.torch.schedules import (
+    anneal_sharpness,
+    clip_latents,
+    residual_strength,
+    set_residual,
+    set_sharpness,
+    set_strength,
+    warmup_strength,
+)
+
+__all__ = [
+    "QUANTIZERS",
+    "CodeMonitor",
+    "Codes",
+    "DistillationLoss",
+    "FeatureTap",
+    "QATConfig",
+    "QATLinear",
+    "Quantizer",
+    "anneal_sharpness",
+    "clip_latents",
+    "prepare_qat",
+    "qat_layers",
+    "residual_strength",
+    "set_residual",
+    "set_sharpness",
+    "set_strength",
+    "warmup_strength",
+]
