@@ -13,13 +13,17 @@ from ternaryforge.hf.callbacks import (
     TernaryMonitorCallback,
     WeightDecayAnnealCallback,
 )
+from ternaryforge.hf.export import ExportReport, export_bitnet, export_dense
 from ternaryforge.hf.trainer import DistillationTrainer
 
 __all__ = [
     "AnnealingCallback",
     "DistillationTrainer",
+    "ExportReport",
     "LambdaWarmupCallback",
     "ResidualCallback",
     "TernaryMonitorCallback",
     "WeightDecayAnnealCallback",
+    "export_bitnet",
+    "export_dense",
 ]
