@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// UTF-8.
+// UTF-8, and texts of files in messages.
 #include "io/gguf_cursor.h"
 
 namespace tf {
@@ -25,6 +25,23 @@ bool IsUtf8(std::string_view text) {
     i += length;
   }
   return true;
+}
+
+std::string Printable(std::string_view text) {
+  constexpr size_t kMostBytes = 1000;
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string printable;
+  for (const char c : text.substr(0, kMostBytes)) {
+    const auto byte = static_cast<uint8_t>(c);
+    if (byte >= 0x20 && byte != 0x7F) {
+      printable += c;
+    } else {
+      printable += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+    }
+  }
+  if (text.size() <= kMostBytes) return printable;
+  while (!IsUtf8(printable)) printable.pop_back();  // a character that was cut
+  return printable + "...";
 }
 
 }  // namespace tf

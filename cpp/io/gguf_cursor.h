@@ -17,6 +17,16 @@ namespace tf {
 // Whether the bytes are UTF-8: shortest forms only, no surrogates, nothing above U+10FFFF.
 bool IsUtf8(std::string_view text);
 
+// A text of a file as a message shows it: control characters, which could steer a terminal, as
+// \xNN, and "..." for what is beyond 1000 bytes.
+std::string Printable(std::string_view text);
+
+// The error that names a file; `message` may hold texts of the file.
+template <typename... Args>
+[[noreturn]] void FailGguf(const std::string& path, const Args&... message) {
+  throw FormatError(StrCat("[gguf] ", path, ": ", Printable(StrCat(message...))));
+}
+
 // Walks over the bytes of one file; every step is checked against their end. Errors are FormatError
 // that name the file.
 class GgufCursor {
@@ -30,7 +40,7 @@ class GgufCursor {
 
   template <typename... Args>
   [[noreturn]] void Fail(const Args&... message) const {
-    throw FormatError(StrCat("[gguf] ", path_, ": ", message...));
+    FailGguf(path_, message...);
   }
 
   // The next `size` bytes; `what` they are, for the error.

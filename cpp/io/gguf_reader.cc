@@ -105,9 +105,7 @@ GgufTensor TakeTensor(GgufCursor& cursor, uint32_t* type_id) {
 uint64_t GgufInteger(const GgufValue& value, const std::string& path) {
   const auto read = [&]<typename T>(T number) {
     std::memcpy(&number, value.bytes.data(), sizeof(T));
-    if (number < T{0})
-      throw FormatError(
-          StrCat("[gguf] ", path, ": the key '", value.key, "' must not be negative"));
+    if (number < T{0}) FailGguf(path, "the key '", value.key, "' must not be negative");
     return static_cast<uint64_t>(number);
   };
   switch (value.type) {
@@ -128,8 +126,8 @@ uint64_t GgufInteger(const GgufValue& value, const std::string& path) {
     case GgufValueType::kInt64:
       return read(int64_t{});
     default:
-      throw FormatError(StrCat("[gguf] ", path, ": the key '", value.key,
-                               "' must be an integer, got ", GgufValueTypeName(value.type)));
+      FailGguf(path, "the key '", value.key, "' must be an integer, got ",
+               GgufValueTypeName(value.type));
   }
 }
 
@@ -262,9 +260,7 @@ void GgufFile::TakeParts(const std::filesystem::path& path, std::string_view typ
     const std::filesystem::path part_path = i == 0 ? path : PartPath(path, i, count);
     auto file = std::make_shared<const MappedFile>(part_path);
     Part part = ReadPart(file->bytes(), part_path.string(), type_42);
-    const auto fail = [&](const auto&... message) {
-      throw FormatError(StrCat("[gguf] ", part_path.string(), ": ", message...));
-    };
+    const auto fail = [&](const auto&... message) { FailGguf(part_path.string(), message...); };
     const auto integer = [&](const char* key, uint64_t otherwise) {
       const GgufValue* value = Find(part.metadata, key);
       return value == nullptr ? otherwise : GgufInteger(*value, part_path.string());
@@ -293,8 +289,8 @@ void GgufFile::TakeParts(const std::filesystem::path& path, std::string_view typ
     }
   }
   if (count > 1 && expected != 0 && expected != tensors_.size())
-    throw FormatError(StrCat("[gguf] ", path.string(), ": the parts hold ", tensors_.size(),
-                             " tensors, split.tensors.count says ", expected));
+    FailGguf(path.string(), "the parts hold ", tensors_.size(),
+             " tensors, split.tensors.count says ", expected);
 }
 
 }  // namespace tf

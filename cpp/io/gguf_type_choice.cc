@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <map>
 
-#include "base/check.h"
+#include "io/gguf_cursor.h"
 
 namespace tf {
 namespace {
@@ -42,8 +42,8 @@ std::string Names(std::span<const GgmlType* const> types) {
 std::vector<const GgmlType*> ChooseTypes(std::span<const TensorRoom> tensors, uint64_t alignment,
                                          std::string_view type_42, const std::string& path) {
   const auto fail = [&](const TensorRoom& tensor, const auto&... message) {
-    throw FormatError(StrCat("[gguf] ", path, ": tensor '", tensor.name, "' has the type number ",
-                             tensor.type_id, ", ", message...));
+    FailGguf(path, "tensor '", tensor.name, "' has the type number ", tensor.type_id, ", ",
+             message...);
   };
   std::map<uint32_t, std::vector<const GgmlType*>> candidates;
   for (const TensorRoom& tensor : tensors) {

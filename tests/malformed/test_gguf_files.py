@@ -36,6 +36,11 @@ CASES: dict[str, tuple[bytes, str]] = {
     "empty key": (gguf_file([entry("", U32, 1)]), "a key at byte .* is empty"),
     "key with a zero": (gguf_file([entry("a\0b", U32, 1)]), "zero byte"),
     "key that is no UTF-8": (gguf_file([entry(b"a\xff", U32, 1)]), "a key at byte 32 is no UTF-8"),
+    "key for the terminal": (
+        gguf_file([string("a\x1b[2J\n\x7f") + struct.pack("<II", 99, 0)]),
+        r"key 'a\\x1b\[2J\\x0a\\x7f' has the value type 99",
+    ),
+    "endless key": (gguf_file([string("ä" * 30000) + struct.pack("<II", 99, 0)]), r"key 'ä{497}\.\.\.$"),
     "duplicate key": (gguf_file([entry("a", U32, 1), entry("a", F32, 1)]), "the key 'a' is there twice"),
     "duplicate key after many": (
         gguf_file([entry(f"k{i}", U32, 1) for i in [*range(40), 3]]),
