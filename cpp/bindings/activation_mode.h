@@ -11,12 +11,14 @@ namespace tf {
 
 inline ActivationMode ActivationModeFromName(const std::string& name) {
   if (name == "int8") return ActivationMode::kInt8;
-  Check(name == "float", "[activations] activations is int8 or float, got '", name, "'");
+  if (name == "int16") return ActivationMode::kInt16;
+  Check(name == "float", "[activations] activations is int8, int16 or float, got '", name, "'");
   return ActivationMode::kFloat;
 }
 
 inline const char* ActivationModeName(ActivationMode mode) {
-  return mode == ActivationMode::kInt8 ? "int8" : "float";
+  constexpr const char* kNames[] = {"int8", "int16", "float"};
+  return kNames[static_cast<size_t>(mode)];
 }
 
 }  // namespace tf

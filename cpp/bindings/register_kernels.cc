@@ -24,20 +24,28 @@ namespace {
 
 namespace py = pybind11;
 
-py::tuple QuantizeActsArray(const py::array& x) {
+py::tuple QuantizeActsArray(const py::array& x, const std::string& activations) {
   const std::span<const float> values = TakeArray<float>(x, 2, "quantize_acts", "x");
   const size_t tokens = ShapeOf(x)[0], cols = ShapeOf(x)[1];
-  auto codes = py::array_t<int8_t>({tokens, cols});
+  const ActivationMode mode = ActivationModeFromName(activations);
+  Check(mode != ActivationMode::kFloat, "[quantize_acts] float activations have no codes");
+  auto codes = py::array_t<int16_t>({tokens, cols});
   py::array_t<float> scales(std::vector<size_t>{tokens});
-  const std::span<int8_t> codes_out = SpanOf(codes);
+  const std::span<int16_t> codes_out = SpanOf(codes);
   const std::span<float> scales_out = SpanOf(scales);
   {
     const py::gil_scoped_release release;
-    AlignedArray<int8_t> padded(PaddedCols(cols));
+    const size_t lanes = LanesPerToken(mode);
+    AlignedArray<int8_t> parts(lanes * PaddedCols(cols));
     AlignedArray<int32_t> sums(ChunkCount(cols));
     for (size_t t = 0; t < tokens; ++t) {
-      QuantizeActs(values.data() + t * cols, cols, padded.data(), &scales_out[t], sums.data());
-      std::memcpy(codes_out.data() + t * cols, padded.data(), cols);
+      QuantizeActs(mode, values.data() + t * cols, cols, lanes, parts.data(), &scales_out[t],
+                   sums.data());
+      for (size_t i = 0; i < cols; ++i) {
+        const int8_t* part = parts.data() + i / 4 * 4 * lanes + i % 4;
+        codes_out[t * cols + i] =
+            static_cast<int16_t>(lanes == 1 ? part[0] : 256 * part[0] + part[4]);
+      }
     }
   }
   return py::make_tuple(codes, scales);
@@ -64,17 +72,18 @@ py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
   const py::gil_scoped_release release;
   const PackedTensor weight =
       tensor.alphabet() == Alphabet::kTrit ? RepackT16(tensor, team) : tensor;
+  CheckCols(mode, cols);
   LinearInput input(tokens, cols);
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(values.data() + t * cols, cols, input.Row(t));
-    input.Quantize(t, cols);
+    input.Quantize(mode, t, tokens, cols);
   }
   const LinearJob job[] = {{&weight, result.data(), weight.rows()}};
   team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
   return out;
 }
 
-py::array_t<int32_t> TernaryDot(const py::array& codes, const PackedTensor& tensor) {
+py::array_t<int32_t> TernaryDotArray(const py::array& codes, const PackedTensor& tensor) {
   const std::span<const int8_t> values = TakeArray<int8_t>(codes, 2, "ternary_dot", "codes");
   const size_t tokens = ShapeOf(codes)[0], cols = ShapeOf(codes)[1];
   Check(cols == tensor.cols(), "[ternary_dot] codes has ", tensor.cols(),
@@ -86,8 +95,8 @@ py::array_t<int32_t> TernaryDot(const py::array& codes, const PackedTensor& tens
   AlignedArray<int8_t> padded(PaddedCols(cols));
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(values.data() + t * cols, cols, padded.data());
-    DotT16I8(weight, padded.data(), 0, PanelCount(weight.rows()),
-             result.data() + t * weight.rows());
+    TernaryDot(weight, padded.data(), 0, PanelCount(weight.rows()),
+               result.data() + t * weight.rows());
   }
   return out;
 }
@@ -95,15 +104,16 @@ py::array_t<int32_t> TernaryDot(const py::array& codes, const PackedTensor& tens
 }  // namespace
 
 void register_kernels(py::module_& kernels) {
-  kernels.def(
-      "quantize_acts", &QuantizeActsArray, py::arg("x"),
-      "Per-token int8 codes and scales of activations [tokens, cols]; x is about codes / scale.");
+  kernels.def("quantize_acts", &QuantizeActsArray, py::arg("x"), py::kw_only(),
+              py::arg("activations") = "int8",
+              "Per-token integer codes and scales of activations [tokens, cols]; x is about codes "
+              "/ scale.");
   kernels.def("repack", &Repack, py::arg("tensor"), py::arg("layout"), py::kw_only(),
               py::arg("threads") = 1, "The same ternary matrix in a run-time layout.");
   kernels.def("linear", &Linear, py::arg("x"), py::arg("tensor"), py::kw_only(),
               py::arg("activations"), py::arg("threads") = 1,
               "x [tokens, cols] times the transposed weight: [tokens, rows].");
-  kernels.def("ternary_dot", &TernaryDot, py::arg("codes"), py::arg("tensor"),
+  kernels.def("ternary_dot", &TernaryDotArray, py::arg("codes"), py::arg("tensor"),
               "Exact integer sums of trit * code: [tokens, rows].");
   kernels.def("self_test", &SelfTest, py::call_guard<py::gil_scoped_release>(),
               "Checks every kernel of the active target against scalar code; returns what failed.");

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "formats/t16.h"
 #include "kernels/dense_linear.h"
 #include "kernels/ternary_gemm.h"
@@ -19,28 +20,46 @@ void RunPanels(const LinearJob& job, const LinearInput& input, size_t tokens, Ac
     DenseLinear(weight, input.floats(), tokens, input.stride(), panel_begin * kPanelRows,
                 std::min(panel_end * kPanelRows, weight.rows()), job.out, job.out_stride);
   } else if (mode == ActivationMode::kFloat) {
-    GemmT16F32(weight, input.floats(), tokens, input.stride(), panel_begin, panel_end, job.out,
-               job.out_stride);
-  } else if (tokens == 1) {
-    GemvT16I8(weight, input.int8(), panel_begin, panel_end, job.out);
+    TernaryGemmFloat(weight, input.floats(), tokens, input.stride(), panel_begin, panel_end,
+                     job.out, job.out_stride);
   } else {
-    GemmT16I8(weight, input.int8(), tokens, panel_begin, panel_end, job.out, job.out_stride);
+    const QuantizedActs acts = input.Quantized(mode, tokens);
+    const auto run = acts.block <= kMaxGemvLanes ? TernaryGemv : TernaryGemm;
+    run(weight, acts, tokens, panel_begin, panel_end, job.out, job.out_stride);
   }
 }
 
 }  // namespace
 
+void CheckCols(ActivationMode mode, size_t cols) {
+  if (mode == ActivationMode::kFloat) return;
+  const size_t limit = mode == ActivationMode::kInt16 ? size_t{1} << 16 : size_t{1} << 19;
+  Check(cols <= limit, "[activations] ", mode == ActivationMode::kInt16 ? "int16" : "int8",
+        " sums are exact up to ", limit, " columns, got ", cols, ": use float activations");
+}
+
 LinearInput::LinearInput(size_t max_tokens, size_t max_cols)
     : stride_(PaddedCols(max_cols)),
       chunk_stride_(ChunkCount(max_cols)),
       floats_(max_tokens * stride_),
-      codes_(max_tokens * stride_),
+      codes_(RoundUp(2 * max_tokens, kMaxLaneBlock) * stride_),
       scales_(max_tokens),
       chunk_sums_(max_tokens * chunk_stride_) {}
 
-void LinearInput::Quantize(size_t token, size_t cols) {
-  QuantizeActs(Row(token), cols, codes_.data() + token * stride_, scales_.data() + token,
+void LinearInput::Quantize(ActivationMode mode, size_t token, size_t tokens, size_t cols) {
+  if (mode == ActivationMode::kFloat) return;
+  const QuantizedActs acts = Quantized(mode, tokens);
+  const size_t lane = token * acts.lanes_per_token;
+  int8_t* codes = codes_.data() + lane / acts.block * acts.block_stride + 4 * (lane % acts.block);
+  QuantizeActs(mode, Row(token), cols, acts.block, codes, scales_.data() + token,
                chunk_sums_.data() + token * chunk_stride_);
+}
+
+QuantizedActs LinearInput::Quantized(ActivationMode mode, size_t tokens) const {
+  const size_t lanes_per_token = LanesPerToken(mode);
+  const size_t block = LaneBlock(tokens * lanes_per_token);
+  return {codes_.data(),  lanes_per_token,    block,        block * stride_,
+          scales_.data(), chunk_sums_.data(), chunk_stride_};
 }
 
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,

@@ -12,33 +12,31 @@
 
 namespace tf {
 
-// How ternary weights see their input. Floating-point weights always see floats.
-enum class ActivationMode : uint8_t {
-  kInt8,   // per-token int8, what BitNet models are trained with
-  kFloat,  // as they are, for weight-only models and as reference
-};
+// Throws std::invalid_argument where sums over `cols` columns could leave the 32-bit integers:
+// kInt8 takes 2^19 columns (see ternary_gemv.h), kInt16 2^16 (2^16 * 32639 < 2^31).
+void CheckCols(ActivationMode mode, size_t cols);
 
-// The input of linear layers: up to `max_tokens` rows of up to `max_cols` floats, and their int8
-// form on demand.
+// The input of linear layers: up to `max_tokens` rows of up to `max_cols` floats, and their
+// quantized form on demand.
 class LinearInput {
  public:
   LinearInput(size_t max_tokens, size_t max_cols);
 
   float* Row(size_t token) { return floats_.data() + token * stride_; }
-  // Makes the int8 form of one row of `cols` floats.
-  void Quantize(size_t token, size_t cols);
+  // Makes the quantized form of row `token` of `tokens`, each of `cols` floats; nothing under
+  // kFloat.
+  void Quantize(ActivationMode mode, size_t token, size_t tokens, size_t cols);
 
   const float* floats() const { return floats_.data(); }
   size_t stride() const { return stride_; }
-  Int8Acts int8() const {
-    return {codes_.data(), stride_, scales_.data(), chunk_sums_.data(), chunk_stride_};
-  }
+  // The quantized form of the first `tokens` rows. mode: not kFloat.
+  QuantizedActs Quantized(ActivationMode mode, size_t tokens) const;
 
  private:
-  size_t stride_;  // columns padded to kChunkCols, for floats and codes alike
+  size_t stride_;  // columns of floats and of codes
   size_t chunk_stride_;
   AlignedArray<float> floats_;
-  AlignedArray<int8_t> codes_;
+  AlignedArray<int8_t> codes_;  // room for two lanes a token and whole blocks
   AlignedArray<float> scales_;
   AlignedArray<int32_t> chunk_sums_;
 };
@@ -51,7 +49,7 @@ struct LinearJob {
 };
 
 // Runs this worker's share of all jobs on the first `tokens` rows of the input. Ternary weights
-// under kInt8 need the rows quantized. The result does not depend on the number of workers.
+// need these rows quantized in `mode`. The result does not depend on the number of workers.
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,
                 size_t tokens, ActivationMode mode);
 

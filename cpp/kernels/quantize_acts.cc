@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Per-token int8 quantization; see quantize_acts.h.
+// Per-token quantization; see quantize_acts.h.
 #include "kernels/quantize_acts.h"
 
 #include <algorithm>
@@ -33,31 +33,84 @@ float AbsMax(const float* HWY_RESTRICT x, size_t size) {
   return result;
 }
 
-void QuantizeToken(const float* HWY_RESTRICT x, size_t size, int8_t* HWY_RESTRICT codes,
-                   float* HWY_RESTRICT scale, int32_t* HWY_RESTRICT chunk_sums) {
-  // Two roundings, as PyTorch's 127 / tensor: the models were trained with these very scales.
-  const float factor = 127.0f * (1.0f / std::max(AbsMax(x, size), 1e-5f));
-  *scale = factor;
-  size_t i = 0;
-#if HWY_TARGET != HWY_SCALAR
+// Codes of one chunk: code = 256 * high + low under kInt16, else low alone.
+template <ActivationMode kMode>
+HWY_INLINE void QuantizeChunk(const float* HWY_RESTRICT x, float factor, int8_t* HWY_RESTRICT high,
+                              int8_t* HWY_RESTRICT low) {
+#if HWY_TARGET == HWY_SCALAR
+  constexpr float kMax = kMode == ActivationMode::kInt16 ? kInt16MaxCode : kInt8MaxCode;
+  for (size_t i = 0; i < kChunkCols; ++i) {
+    const float rounded = std::nearbyint(x[i] * factor);
+    const auto code = static_cast<int32_t>(std::min(std::max(-kMax, rounded), kMax));
+    low[i] = static_cast<int8_t>(code);
+    if constexpr (kMode == ActivationMode::kInt16) {
+      high[i] = static_cast<int8_t>((code - low[i]) / 256);
+    }
+  }
+#else
   const hn::CappedTag<float, 16> d;
   const hn::Rebind<int8_t, decltype(d)> d8;
   const auto factors = hn::Set(d, factor);
-  const size_t lanes = hn::Lanes(d);
-  // |x * factor| stays below 127.5, so the saturation of DemoteTo never acts on finite input.
-  for (; i + lanes <= size; i += lanes) {
-    hn::StoreU(hn::DemoteTo(d8, hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), factors))), d8,
-               codes + i);
+  // |x * factor| stays below max_code + 0.5, so the saturation of DemoteTo never acts on finite
+  // input.
+  for (size_t i = 0; i < kChunkCols; i += hn::Lanes(d)) {
+    const auto codes = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), factors));
+    if constexpr (kMode == ActivationMode::kInt16) {
+      const auto lows = hn::ShiftRight<24>(hn::ShiftLeft<24>(codes));
+      hn::StoreU(hn::DemoteTo(d8, lows), d8, low + i);
+      hn::StoreU(hn::DemoteTo(d8, hn::ShiftRight<8>(hn::Sub(codes, lows))), d8, high + i);
+    } else {
+      hn::StoreU(hn::DemoteTo(d8, codes), d8, low + i);
+    }
   }
 #endif
-  for (; i < size; ++i) {
-    codes[i] = static_cast<int8_t>(std::clamp(std::nearbyint(x[i] * factor), -128.0f, 127.0f));
+}
+
+void Scatter(const int8_t* HWY_RESTRICT from, size_t block, int8_t* HWY_RESTRICT to) {
+  for (size_t col = 0; col < kChunkCols; col += 4) std::memcpy(to + col * block, from + col, 4);
+}
+
+template <ActivationMode kMode>
+void QuantizeToken(const float* HWY_RESTRICT x, size_t size, size_t block,
+                   int8_t* HWY_RESTRICT codes, float* HWY_RESTRICT scale,
+                   int32_t* HWY_RESTRICT chunk_sums) {
+  constexpr int kMax = kMode == ActivationMode::kInt16 ? kInt16MaxCode : kInt8MaxCode;
+  // Two roundings, as PyTorch's 127 / tensor: the models were trained with these very scales.
+  const float factor = static_cast<float>(kMax) * (1.0f / std::max(AbsMax(x, size), 1e-5f));
+  *scale = factor;
+  for (size_t begin = 0; begin < PaddedCols(size); begin += kChunkCols) {
+    alignas(64) int8_t high[kChunkCols] = {}, low[kChunkCols] = {};
+    if (begin + kChunkCols <= size) {
+      QuantizeChunk<kMode>(x + begin, factor, high, low);
+    } else if (begin < size) {
+      alignas(64) float last[kChunkCols] = {};
+      std::memcpy(last, x + begin, (size - begin) * sizeof(float));
+      QuantizeChunk<kMode>(last, factor, high, low);
+    }
+    if (begin < size) {
+      int32_t low_sum = 0, high_sum = 0;
+      for (size_t i = 0; i < kChunkCols; ++i) low_sum += low[i];
+      for (size_t i = 0; i < kChunkCols; ++i) high_sum += high[i];
+      chunk_sums[begin / kChunkCols] = 256 * high_sum + low_sum;
+    }
+    int8_t* to = codes + begin * block;
+    if constexpr (kMode == ActivationMode::kInt16) {
+      Scatter(high, block, to);
+      Scatter(low, block, to + 4);
+    } else if (block == 1) {
+      std::memcpy(to, low, kChunkCols);
+    } else {
+      Scatter(low, block, to);
+    }
   }
-  std::memset(codes + size, 0, PaddedCols(size) - size);
-  for (size_t chunk = 0; chunk < ChunkCount(size); ++chunk) {
-    int32_t sum = 0;
-    for (size_t j = 0; j < kChunkCols; ++j) sum += codes[chunk * kChunkCols + j];
-    chunk_sums[chunk] = sum;
+}
+
+void Quantize(ActivationMode mode, const float* x, size_t size, size_t block, int8_t* codes,
+              float* scale, int32_t* chunk_sums) {
+  if (mode == ActivationMode::kInt16) {
+    QuantizeToken<ActivationMode::kInt16>(x, size, block, codes, scale, chunk_sums);
+  } else {
+    QuantizeToken<ActivationMode::kInt8>(x, size, block, codes, scale, chunk_sums);
   }
 }
 
@@ -67,10 +120,11 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace tf {
 
-HWY_EXPORT(QuantizeToken);
+HWY_EXPORT(Quantize);
 
-void QuantizeActs(const float* x, size_t size, int8_t* codes, float* scale, int32_t* chunk_sums) {
-  HWY_DYNAMIC_DISPATCH(QuantizeToken)(x, size, codes, scale, chunk_sums);
+void QuantizeActs(ActivationMode mode, const float* x, size_t size, size_t block, int8_t* codes,
+                  float* scale, int32_t* chunk_sums) {
+  HWY_DYNAMIC_DISPATCH(Quantize)(mode, x, size, block, codes, scale, chunk_sums);
 }
 
 }  // namespace tf

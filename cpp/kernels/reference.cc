@@ -46,23 +46,25 @@ std::vector<int32_t> TernaryDot(std::span<const int8_t> trits, size_t rows,
   return sums;
 }
 
-std::vector<int8_t> QuantizeActs(std::span<const float> x, float* scale) {
+std::vector<int32_t> QuantizeActs(std::span<const float> x, int max_code, float* scale) {
+  const auto limit = static_cast<float>(max_code);
   float largest = 0;
   for (const float value : x) largest = std::max(largest, std::abs(value));
-  *scale = 127.0f * (1.0f / std::max(largest, 1e-5f));
-  std::vector<int8_t> codes;
+  *scale = limit * (1.0f / std::max(largest, 1e-5f));
+  std::vector<int32_t> codes;
   for (const float value : x) {
     codes.push_back(
-        static_cast<int8_t>(std::clamp(std::nearbyint(value * *scale), -128.0f, 127.0f)));
+        static_cast<int32_t>(std::clamp(std::nearbyint(value * *scale), -limit, limit)));
   }
   return codes;
 }
 
-std::vector<double> TernaryLinearI8(std::span<const int8_t> trits, size_t rows,
-                                    const Scales& scales, std::span<const float> x) {
+std::vector<double> TernaryLinearInteger(std::span<const int8_t> trits, size_t rows,
+                                         const Scales& scales, std::span<const float> x,
+                                         int max_code) {
   float act_scale = 0;
-  const std::vector<int8_t> codes = QuantizeActs(x, &act_scale);
-  std::vector<double> out = Product<int8_t>(trits, rows, scales, codes);
+  const std::vector<int32_t> codes = QuantizeActs(x, max_code, &act_scale);
+  std::vector<double> out = Product<int32_t>(trits, rows, scales, codes);
   for (double& value : out) value /= static_cast<double>(act_scale);
   return out;
 }

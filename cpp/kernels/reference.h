@@ -16,12 +16,13 @@ namespace tf::reference {
 std::vector<int32_t> TernaryDot(std::span<const int8_t> trits, size_t rows,
                                 std::span<const int8_t> codes);
 
-// The int8 codes and the scale of one token's activations.
-std::vector<int8_t> QuantizeActs(std::span<const float> x, float* scale);
+// The integer codes (-max_code .. max_code) and the scale of one token's activations.
+std::vector<int32_t> QuantizeActs(std::span<const float> x, int max_code, float* scale);
 
-// The scaled product with int8 activations: exact sums per scale group, then doubles.
-std::vector<double> TernaryLinearI8(std::span<const int8_t> trits, size_t rows,
-                                    const Scales& scales, std::span<const float> x);
+// The scaled product with activations of up to max_code: exact sums per scale group, then doubles.
+std::vector<double> TernaryLinearInteger(std::span<const int8_t> trits, size_t rows,
+                                         const Scales& scales, std::span<const float> x,
+                                         int max_code);
 
 // The scaled product with float activations, in doubles.
 std::vector<double> TernaryLinearF32(std::span<const int8_t> trits, size_t rows,

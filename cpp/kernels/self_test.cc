@@ -105,7 +105,7 @@ void TestTernaryDot(Tester& test, size_t rows, size_t cols) {
     for (size_t i = 0; i < cols; ++i)
       codes[i] = static_cast<int8_t>(extreme != 0 ? extreme : test.Int(-128, 127));
     std::vector<int32_t> sums(rows);
-    DotT16I8(weight, codes.data(), 0, PanelCount(rows), sums.data());
+    TernaryDot(weight, codes.data(), 0, PanelCount(rows), sums.data());
     test.Expect(StrCat("ternary dot ", rows, " x ", cols, ", activations of ", extreme),
                 sums == reference::TernaryDot(trits, rows, codes.span().first(cols)));
   }
@@ -116,24 +116,24 @@ void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, s
   const PackedTensor weight = Pack(trits, rows, cols, RandomScales(test, kind, rows, cols));
   const std::vector<float> x = test.Floats(tokens * cols);
   LinearInput input(tokens, cols);
-  for (size_t t = 0; t < tokens; ++t) {
-    std::copy_n(x.data() + t * cols, cols, input.Row(t));
-    input.Quantize(t, cols);
-  }
-  for (const ActivationMode mode : {ActivationMode::kInt8, ActivationMode::kFloat}) {
+  for (size_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * cols, cols, input.Row(t));
+  const std::pair<ActivationMode, int> modes[] = {{ActivationMode::kInt8, kInt8MaxCode},
+                                                  {ActivationMode::kInt16, kInt16MaxCode},
+                                                  {ActivationMode::kFloat, 0}};
+  for (const auto& [mode, max_code] : modes) {
+    for (size_t t = 0; t < tokens; ++t) input.Quantize(mode, t, tokens, cols);
     std::vector<float> out(tokens * rows);
     const LinearJob job[] = {{&weight, out.data(), rows}};
-    Team(2).Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+    Team(2).Run([&, mode = mode](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
     for (size_t t = 0; t < tokens; ++t) {
       const std::span<const float> token = std::span(x).subspan(t * cols, cols);
       const std::vector<double> expected =
-          mode == ActivationMode::kInt8
-              ? reference::TernaryLinearI8(trits, rows, weight.scales(), token)
-              : reference::TernaryLinearF32(trits, rows, weight.scales(), token);
+          max_code == 0
+              ? reference::TernaryLinearF32(trits, rows, weight.scales(), token)
+              : reference::TernaryLinearInteger(trits, rows, weight.scales(), token, max_code);
       for (size_t row = 0; row < rows; ++row) {
-        test.ExpectNear(
-            mode == ActivationMode::kInt8 ? "ternary linear, int8" : "ternary linear, float",
-            expected[row], static_cast<double>(out[t * rows + row]), 4 * Magnitude(token));
+        test.ExpectNear(StrCat("ternary linear, activations up to ", max_code), expected[row],
+                        static_cast<double>(out[t * rows + row]), 4 * Magnitude(token));
       }
     }
   }
@@ -252,7 +252,7 @@ std::vector<std::string> SelfTest() {
   for (const auto& [rows, cols] : shapes) {
     TestTernaryDot(test, rows, cols);
     for (const ScaleKind kind : {ScaleKind::kTensor, ScaleKind::kRow, ScaleKind::kGroup}) {
-      for (const size_t tokens : {1u, 3u, 9u})
+      for (const size_t tokens : {1u, 2u, 3u, 9u})
         TestTernaryLinear(test, kind, rows, std::min<size_t>(cols, 300), tokens);
     }
     TestDenseLinear(test, rows, std::min<size_t>(cols, 300), 3);

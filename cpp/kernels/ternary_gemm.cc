@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// GEMM on T16 tiles with int8 activations; see ternary_gemm.h.
+// GEMM on T16 tiles with quantized activations; see ternary_gemm.h.
 #include "kernels/ternary_gemm.h"
 
 #include <algorithm>
@@ -8,7 +8,6 @@
 
 #include "formats/t16.h"
 #include "kernels/epilogue.h"
-#include "kernels/ternary_gemv.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/ternary_gemm.cc"
@@ -24,76 +23,139 @@ namespace tf::HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-#if HWY_TARGET != HWY_SCALAR
+// A step is four columns: 64 bytes of unpacked codes of one panel, row r in bytes 4 r .. 4 r + 3.
+// A block of steps is unpacked once for all lanes; with two panels it takes 16 KiB of the cache.
+inline constexpr size_t kBlockSteps = 128;
+inline constexpr size_t kPanels = 2;      // unpacked together
+inline constexpr size_t kMaxLanes = 128;  // summed together
+inline constexpr size_t kSumRows = kPanels * kPanelRows;
 
-namespace simd_hwy = simd::HWY_NAMESPACE;
+#if HWY_TARGET == HWY_SCALAR
 
-// Tokens that share one pass over a panel: as many accumulators as leave registers for the codes.
-inline constexpr size_t kVectors = kTileBytes / simd_hwy::kDotBytes;
-inline constexpr size_t kTileTokens = kVectors == 1 ? 8 : kVectors == 2 ? 4 : 2;
+void UnpackTiles(const uint8_t* tile, size_t tiles, uint8_t* codes) {
+  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes) {
+    for (size_t plane = 0; plane < 4; ++plane, codes += kTileBytes) {
+      for (size_t i = 0; i < kTileBytes; ++i) codes[i] = (tile[i] >> (2 * plane)) & 3;
+    }
+  }
+}
 
-// sums[token * 16 + row] = sum of code * act over `tiles` tiles of one panel.
 template <simd::DotKind kDot>
-HWY_INLINE void PanelDots(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
-                          size_t stride, size_t tiles, int32_t* HWY_RESTRICT sums) {
-  const simd_hwy::DotBytesTag d8;
-  const simd_hwy::DotSumsTag d32;
-  const hn::RebindToSigned<simd_hwy::DotBytesTag> di8;
-  const hn::RebindToUnsigned<simd_hwy::DotSumsTag> du32;
-  const auto mask = hn::Set(d8, 3);
-  simd_hwy::DotSums acc[kTileTokens][kVectors];
-  for (auto& token : acc) {
-    for (auto& vector : token) vector = hn::Zero(d32);
-  }
-  const auto step = [&](const simd_hwy::DotCodes(&codes)[kVectors],
-                        const int8_t* four_acts) HWY_ATTR {
-    for (size_t token = 0; token < kTileTokens; ++token) {
-      int32_t four;
-      std::memcpy(&four, four_acts + token * stride, sizeof(four));
-      const auto broadcast = hn::BitCast(di8, hn::Set(d32, four));
-      for (size_t v = 0; v < kVectors; ++v)
-        acc[token][v] = simd_hwy::DotStep<kDot>(acc[token][v], codes[v], broadcast);
-    }
-  };
-  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, acts += kT16TileCols) {
-    simd_hwy::DotCodes packed[kVectors], codes[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) {
-      packed[v] = hn::LoadU(d8, tile + v * simd_hwy::kDotBytes);
-      codes[v] = hn::And(packed[v], mask);
-    }
-    step(codes, acts);
-    for (size_t v = 0; v < kVectors; ++v) {
-      codes[v] = hn::And(hn::BitCast(d8, hn::ShiftRight<2>(hn::BitCast(du32, packed[v]))), mask);
-    }
-    step(codes, acts + 4);
-    for (size_t v = 0; v < kVectors; ++v) {
-      codes[v] = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(du32, packed[v]))), mask);
-    }
-    step(codes, acts + 8);
-    for (size_t v = 0; v < kVectors; ++v) {
-      codes[v] = hn::And(hn::BitCast(d8, hn::ShiftRight<6>(hn::BitCast(du32, packed[v]))), mask);
-    }
-    step(codes, acts + 12);
-  }
-  for (size_t token = 0; token < kTileTokens; ++token) {
-    for (size_t v = 0; v < kVectors; ++v) {
-      hn::StoreU(acc[token][v], d32, sums + token * kPanelRows + v * (simd_hwy::kDotBytes / 4));
+void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, size_t block, size_t lanes,
+             size_t panels, int32_t* sums) {
+  for (size_t panel = 0; panel < panels; ++panel, codes += kBlockSteps * kTileBytes) {
+    for (size_t step = 0; step < steps; ++step) {
+      for (size_t i = 0; i < kTileBytes; ++i) {
+        for (size_t lane = 0; lane < lanes; ++lane) {
+          sums[lane * kSumRows + panel * kPanelRows + i / 4] +=
+              codes[step * kTileBytes + i] * acts[4 * (step * block + lane) + i % 4];
+        }
+      }
     }
   }
 }
 
 #else
 
-inline constexpr size_t kTileTokens = 1;
+namespace dot = simd::HWY_NAMESPACE;
 
+inline constexpr size_t kVectors = kTileBytes / dot::kDotBytes;  // in a step
+
+void UnpackTiles(const uint8_t* HWY_RESTRICT tile, size_t tiles, uint8_t* HWY_RESTRICT codes) {
+  const dot::DotBytesTag d8;
+  const dot::DotPairsTag d16;
+  const auto mask = hn::Set(d8, 3);
+  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, codes += 4 * kTileBytes) {
+    for (size_t i = 0; i < kTileBytes; i += dot::kDotBytes) {
+      const auto packed = hn::LoadU(d8, tile + i);
+      const auto words = hn::BitCast(d16, packed);
+      hn::StoreU(hn::And(packed, mask), d8, codes + i);
+      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<2>(words)), mask), d8,
+                 codes + kTileBytes + i);
+      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<4>(words)), mask), d8,
+                 codes + 2 * kTileBytes + i);
+      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<6>(words)), mask), d8,
+                 codes + 3 * kTileBytes + i);
+    }
+  }
+}
+
+// Adds the dots of `steps` steps to sums[lane * kSumRows + row] for kLanes lanes and kCount vectors
+// of codes, `next` bytes apart; the rows of a vector follow those of the one before.
+template <simd::DotKind kDot, size_t kLanes, size_t kCount>
+HWY_INLINE void AddVectorDots(const uint8_t* HWY_RESTRICT codes, size_t next, size_t steps,
+                              const int8_t* HWY_RESTRICT acts, size_t block,
+                              int32_t* HWY_RESTRICT sums) {
+  constexpr size_t kRows = dot::kDotBytes / 4;
+  const dot::DotBytesTag d8;
+  const dot::DotSumsTag d32;
+  if constexpr (kDot == simd::DotKind::kNative) {
+    dot::DotSums acc[kLanes][kCount];
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      for (size_t v = 0; v < kCount; ++v)
+        acc[lane][v] = hn::LoadU(d32, sums + lane * kSumRows + v * kRows);
+    }
+    for (size_t step = 0; step < steps; ++step, codes += kTileBytes, acts += 4 * block) {
+      dot::DotCodes code[kCount];
+      for (size_t v = 0; v < kCount; ++v) code[v] = hn::LoadU(d8, codes + v * next);
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        const auto four = dot::BroadcastActs(acts + 4 * lane);
+        for (size_t v = 0; v < kCount; ++v)
+          acc[lane][v] = dot::DotStep<kDot>(acc[lane][v], code[v], four);
+      }
+    }
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      for (size_t v = 0; v < kCount; ++v)
+        hn::StoreU(acc[lane][v], d32, sums + lane * kSumRows + v * kRows);
+    }
+  } else {
+    // A pair of products of codes up to 2 lies in -512 .. 508, and 64 of them in -32768 .. 32512.
+    constexpr size_t kFoldSteps = 64;
+    for (size_t begin = 0; begin < steps; begin += kFoldSteps) {
+      dot::DotPairs pairs[kLanes][kCount];
+      for (auto& lane : pairs) {
+        for (auto& vector : lane) vector = hn::Zero(dot::DotPairsTag());
+      }
+      const size_t count = std::min(kFoldSteps, steps - begin);
+      for (size_t step = 0; step < count; ++step, codes += kTileBytes, acts += 4 * block) {
+        dot::DotCodes code[kCount];
+        for (size_t v = 0; v < kCount; ++v) code[v] = hn::LoadU(d8, codes + v * next);
+        for (size_t lane = 0; lane < kLanes; ++lane) {
+          const auto four = dot::BroadcastActs(acts + 4 * lane);
+          for (size_t v = 0; v < kCount; ++v)
+            pairs[lane][v] = hn::Add(pairs[lane][v], dot::PairProducts(code[v], four));
+        }
+      }
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        for (size_t v = 0; v < kCount; ++v) {
+          int32_t* to = sums + lane * kSumRows + v * kRows;
+          hn::StoreU(dot::FoldPairs(hn::LoadU(d32, to), pairs[lane][v]), d32, to);
+        }
+      }
+    }
+  }
+}
+
+// Adds the dots of `steps` unpacked steps of one or two panels to sums[lane * kSumRows + panel * 16
+// + row] for `lanes` <= 8 lanes of one block (or more, up to a multiple of four, with no use).
 template <simd::DotKind kDot>
-void PanelDots(const uint8_t* tile, const int8_t* acts, size_t /*stride*/, size_t tiles,
-               int32_t* sums) {
-  std::memset(sums, 0, kPanelRows * sizeof(int32_t));
-  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, acts += kT16TileCols) {
-    for (size_t byte = 0; byte < kTileBytes; ++byte) {
-      for (size_t plane = 0; plane < 4; ++plane) {
-        sums[byte / 4] += ((tile[byte] >> (2 * plane)) & 3) * acts[4 * plane + byte % 4];
+HWY_INLINE void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, size_t block,
+                        size_t lanes, size_t panels, int32_t* sums) {
+  constexpr size_t kRows = dot::kDotBytes / 4;
+  constexpr size_t kPanelStride = kBlockSteps * kTileBytes;
+  if constexpr (kVectors == 1) {
+    if (panels == 2) {
+      return lanes > 4 ? AddVectorDots<kDot, 8, 2>(codes, kPanelStride, steps, acts, block, sums)
+                       : AddVectorDots<kDot, 4, 2>(codes, kPanelStride, steps, acts, block, sums);
+    }
+    return lanes > 4 ? AddVectorDots<kDot, 8, 1>(codes, 0, steps, acts, block, sums)
+                     : AddVectorDots<kDot, 4, 1>(codes, 0, steps, acts, block, sums);
+  } else {
+    for (size_t lane = 0; lane < lanes; lane += 4) {
+      for (size_t v = 0; v < panels * kVectors; v += 2) {
+        AddVectorDots<kDot, 4, 2>(
+            codes + v / kVectors * kPanelStride + v % kVectors * dot::kDotBytes, dot::kDotBytes,
+            steps, acts + 4 * lane, block, sums + lane * kSumRows + v * kRows);
       }
     }
   }
@@ -101,46 +163,71 @@ void PanelDots(const uint8_t* tile, const int8_t* acts, size_t /*stride*/, size_
 
 #endif
 
-// Whole groups of kTileTokens tokens; returns how many tokens that were.
+// `panels` neighbouring panels from `panel` on, all tokens of acts.
 template <simd::DotKind kDot>
-size_t GemmPanels(const PackedTensor& weight, const Int8Acts& acts, size_t tokens,
-                  size_t panel_begin, size_t panel_end, float* HWY_RESTRICT out,
-                  size_t out_stride) {
-  const size_t whole = tokens / kTileTokens * kTileTokens;
-  const size_t tiles = T16TilesPerPanel(weight.cols());
-  const Epilogue epilogue(weight, acts);
-  alignas(64) int32_t sums[kTileTokens * kPanelRows];
-  for (size_t panel = panel_begin; panel < panel_end; ++panel) {
-    const uint8_t* stream = weight.bytes().data() + panel * tiles * kTileBytes;
-    for (size_t first = 0; first < whole; first += kTileTokens) {
-      alignas(64) float totals[kTileTokens * kPanelRows] = {};
-      for (size_t group = 0; group < epilogue.groups(); ++group) {
-        const Range range = epilogue.GroupTiles(group);
-        PanelDots<kDot>(stream + range.begin * kTileBytes,
-                        acts.codes + first * acts.stride + range.begin * kT16TileCols, acts.stride,
-                        range.end - range.begin, sums);
-        for (size_t token = 0; token < kTileTokens; ++token) {
-          epilogue.AddGroup(panel, group, first + token, sums + token * kPanelRows,
-                            totals + token * kPanelRows);
-        }
+void GemmPanels(const PackedTensor& weight, const QuantizedActs& acts, const Epilogue& epilogue,
+                size_t first_token, size_t tokens, size_t panel, size_t panels,
+                float* HWY_RESTRICT out, size_t out_stride) {
+  alignas(64) uint8_t codes[kPanels * kBlockSteps * kTileBytes];
+  alignas(64) int32_t sums[kMaxLanes * kSumRows];
+  alignas(64) float totals[kMaxLanes * kSumRows];
+  constexpr size_t kBlockTiles = kBlockSteps / 4;
+  const size_t lanes = tokens * acts.lanes_per_token;
+  const size_t summed = RoundUp(lanes, 4);
+  const size_t first_lane = first_token * acts.lanes_per_token;
+  std::memset(totals, 0, tokens * kSumRows * sizeof(float));
+  for (size_t group = 0; group < epilogue.groups(); ++group) {
+    const Range range = epilogue.GroupTiles(group);
+    std::memset(sums, 0, summed * kSumRows * sizeof(int32_t));
+    for (size_t tile = range.begin; tile < range.end; tile += kBlockTiles) {
+      const size_t tiles = std::min(kBlockTiles, range.end - tile);
+      for (size_t p = 0; p < panels; ++p) {
+        const uint8_t* stream = weight.bytes().data() + (panel + p) * T16PanelBytes(weight.cols());
+        UnpackTiles(stream + tile * kTileBytes, tiles, codes + p * kBlockSteps * kTileBytes);
       }
-      for (size_t token = 0; token < kTileTokens; ++token) {
-        epilogue.Store(panel, first + token, totals + token * kPanelRows,
-                       out + (first + token) * out_stride);
+      for (size_t lane = 0; lane < lanes; lane += acts.block) {
+        AddDots<kDot>(codes, 4 * tiles,
+                      acts.codes + (first_lane + lane) / acts.block * acts.block_stride +
+                          tile * kT16TileCols * acts.block,
+                      acts.block, std::min(acts.block, lanes - lane), panels,
+                      sums + lane * kSumRows);
+      }
+    }
+    for (size_t token = 0; token < tokens; ++token) {
+      for (size_t p = 0; p < panels; ++p) {
+        epilogue.AddGroup(panel + p, group, first_token + token,
+                          sums + token * acts.lanes_per_token * kSumRows + p * kPanelRows, kSumRows,
+                          totals + token * kSumRows + p * kPanelRows);
       }
     }
   }
-  return whole;
+  for (size_t token = 0; token < tokens; ++token) {
+    for (size_t p = 0; p < panels; ++p) {
+      epilogue.Store(panel + p, first_token + token, totals + token * kSumRows + p * kPanelRows,
+                     out + (first_token + token) * out_stride);
+    }
+  }
 }
 
-size_t Gemm(simd::DotKind dot, const PackedTensor& weight, const Int8Acts& acts, size_t tokens,
-            size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
-  if (dot == simd::DotKind::kNative) {
-    return GemmPanels<simd::DotKind::kNative>(weight, acts, tokens, panel_begin, panel_end, out,
-                                              out_stride);
+template <simd::DotKind kDot>
+void GemmAll(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
+             size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+  const Epilogue epilogue(weight, acts);
+  const size_t tokens_at_once = kMaxLanes / acts.lanes_per_token;
+  for (size_t panel = panel_begin; panel < panel_end; panel += kPanels) {
+    const size_t panels = std::min(kPanels, panel_end - panel);
+    for (size_t token = 0; token < tokens; token += tokens_at_once) {
+      GemmPanels<kDot>(weight, acts, epilogue, token, std::min(tokens_at_once, tokens - token),
+                       panel, panels, out, out_stride);
+    }
   }
-  return GemmPanels<simd::DotKind::kPortable>(weight, acts, tokens, panel_begin, panel_end, out,
-                                              out_stride);
+}
+
+void Gemm(simd::DotKind dot, const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
+          size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+  const auto run = dot == simd::DotKind::kNative ? GemmAll<simd::DotKind::kNative>
+                                                 : GemmAll<simd::DotKind::kPortable>;
+  run(weight, acts, tokens, panel_begin, panel_end, out, out_stride);
 }
 
 }  // namespace tf::HWY_NAMESPACE
@@ -151,15 +238,10 @@ namespace tf {
 
 HWY_EXPORT(Gemm);
 
-void GemmT16I8(const PackedTensor& weight, const Int8Acts& acts, size_t tokens, size_t panel_begin,
-               size_t panel_end, float* out, size_t out_stride) {
-  const size_t done = HWY_DYNAMIC_DISPATCH(Gemm)(simd::ActiveDot(), weight, acts, tokens,
-                                                 panel_begin, panel_end, out, out_stride);
-  for (size_t token = done; token < tokens; ++token) {
-    const Int8Acts one = {acts.codes + token * acts.stride, acts.stride, acts.scales + token,
-                          acts.chunk_sums + token * acts.chunk_stride, acts.chunk_stride};
-    GemvT16I8(weight, one, panel_begin, panel_end, out + token * out_stride);
-  }
+void TernaryGemm(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
+                 size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(Gemm)(simd::ActiveDot(), weight, acts, tokens, panel_begin, panel_end, out,
+                             out_stride);
 }
 
 }  // namespace tf

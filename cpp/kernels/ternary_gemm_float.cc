@@ -108,8 +108,8 @@ namespace tf {
 
 HWY_EXPORT(GemmFloat);
 
-void GemmT16F32(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
-                size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+void TernaryGemmFloat(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
+                      size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
   HWY_DYNAMIC_DISPATCH(GemmFloat)(weight, x, tokens, x_stride, panel_begin, panel_end, out,
                                   out_stride);
 }

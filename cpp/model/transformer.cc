@@ -94,6 +94,7 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
       attention_parts_(kSplitTokens * AttentionSpan{0, spec_.context_length, 0, 0}.Chunks() *
                        Largest(spec_, PartsSize)) {
   std::fill_n(ones_.data(), ones_.size(), 1.0f);
+  CheckCols(mode, input_.stride());
   const size_t scratch = Largest(spec_, [](const LayerSpec& layer) {
     return AttentionScratch(layer.heads / layer.kv_heads, layer.head_dim);
   });
@@ -195,9 +196,9 @@ void Transformer::Embed(const Position& position, size_t row) {
   Add(delta_[row], 1, hidden.size(), hidden.data());
 }
 
-// Makes row `token` of the input ready for linear layers.
-void Transformer::Prepare(size_t token, size_t cols) {
-  if (mode_ == ActivationMode::kInt8) input_.Quantize(token, cols);
+// Makes row `token` of `tokens` of the input ready for linear layers.
+void Transformer::Prepare(size_t token, size_t tokens, size_t cols) {
+  input_.Quantize(mode_, token, tokens, cols);
 }
 
 // The weights may be empty: no norm.
@@ -248,7 +249,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
 
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_norm, hidden_[t], input_.Row(t));
-    Prepare(t, hidden);
+    Prepare(t, tokens, hidden);
   }
   const Product projections[kMaxProducts] = {{&weights.query, &query_},
                                              {&weights.key, &key_},
@@ -267,7 +268,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   clock_.Mark(worker, Part::kAttention);
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_sub_norm, input_.Row(t), input_.Row(t));
-    Prepare(t, QuerySize(layer));
+    Prepare(t, tokens, QuerySize(layer));
   }
   const Product output[] = {{&weights.output, &delta_}};
   RunProducts(worker, output, tokens);
@@ -277,7 +278,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Add(delta_[t], layer.residual_scale, hidden, hidden_[t]);
     if (layer.parallel) continue;
     Norm(weights.ffn_norm, hidden_[t], input_.Row(t));
-    Prepare(t, hidden);
+    Prepare(t, tokens, hidden);
   }
   if (!layer.parallel) RunProducts(worker, ffn, tokens);
   const auto activate = FunctionOf(layer.activation);
@@ -290,7 +291,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
       activate(up_[t], ones_.data(), layer.ffn_size, input_.Row(t));
     }
     Norm(weights.ffn_sub_norm, input_.Row(t), input_.Row(t));
-    Prepare(t, layer.ffn_size);
+    Prepare(t, tokens, layer.ffn_size);
   }
   const Product down[] = {{&weights.down, &delta_}};
   RunProducts(worker, down, tokens);
@@ -405,13 +406,15 @@ void Transformer::AttendByChunks(Worker& worker, size_t index, std::span<const P
 void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
   // Rows whose logits are wanted move to the front of the input; `rows` is the same for every
   // worker.
+  const auto wanted = static_cast<size_t>(std::count_if(
+      slice.begin(), slice.end(), [](const Position& p) { return p.wants_head(); }));
   size_t rows = 0;
   for (size_t t = 0; t < slice.size(); ++t) {
     if (!slice[t].wants_head()) continue;
     const Range share = worker.Share(slice.size());
     if (share.begin <= t && t < share.end) {
       Norm(weights_.final_norm, hidden_[t], input_.Row(rows));
-      if (weights_.head.alphabet() == Alphabet::kTrit) Prepare(rows, spec_.hidden_size);
+      if (weights_.head.alphabet() == Alphabet::kTrit) Prepare(rows, wanted, spec_.hidden_size);
     }
     ++rows;
   }

@@ -140,7 +140,7 @@ class Transformer {
   void FinishProjections(size_t index, const Position& position, size_t row);
   void Embed(const Position& position, size_t row);
   void Norm(const NormWeights& weights, const float* x, float* out) const;
-  void Prepare(size_t token, size_t cols);
+  void Prepare(size_t token, size_t tokens, size_t cols);
 
   ModelSpec spec_;
   Team team_;

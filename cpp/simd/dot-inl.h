@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include <hwy/highway.h>
 
@@ -33,45 +34,71 @@ using DotCodes = hn::Vec<DotBytesTag>;
 using DotSums = hn::Vec<DotSumsTag>;
 inline constexpr size_t kDotBytes = hn::MaxLanes(DotBytesTag());
 
-// Exact when two neighbouring products sum to a value of int16: codes up to 128 with any int8
+using DotActs = hn::Vec<hn::RebindToSigned<DotBytesTag>>;
+using DotPairsTag = hn::Repartition<int16_t, DotBytesTag>;
+using DotPairs = hn::Vec<DotPairsTag>;
+
+// Four neighbouring activations in every 32-bit lane.
+HWY_INLINE DotActs BroadcastActs(const int8_t* acts) {
+  int32_t four;
+  std::memcpy(&four, acts, sizeof(four));
+  return hn::BitCast(hn::RebindToSigned<DotBytesTag>(), hn::Set(DotSumsTag(), four));
+}
+
+// Products summed in pairs. Exact when a pair is a value of int16: codes up to 128 with any int8
 // activation (2 * 128 * 127 = 32512, 2 * 128 * -128 = -32768).
+HWY_INLINE DotPairs PairProducts(DotCodes codes, DotActs acts) {
+#if HWY_TARGET == HWY_AVX3
+  return DotPairs{_mm512_maddubs_epi16(codes.raw, acts.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return DotPairs{_mm256_maddubs_epi16(codes.raw, acts.raw)};
+#elif HWY_TARGET == HWY_SSE4
+  return DotPairs{_mm_maddubs_epi16(codes.raw, acts.raw)};
+#else
+  const DotPairsTag d16;
+  const hn::RebindToUnsigned<DotPairsTag> du16;
+  const auto codes16 = hn::BitCast(d16, codes);
+  const auto acts16 = hn::BitCast(d16, acts);
+  const auto even =
+      hn::Mul(hn::And(codes16, hn::Set(d16, 0xFF)), hn::ShiftRight<8>(hn::ShiftLeft<8>(acts16)));
+  const auto odd = hn::Mul(hn::BitCast(d16, hn::ShiftRight<8>(hn::BitCast(du16, codes16))),
+                           hn::ShiftRight<8>(acts16));
+  return hn::Add(even, odd);
+#endif
+}
+
+// sums[i] + pairs[2 i] + pairs[2 i + 1].
+HWY_INLINE DotSums FoldPairs(DotSums sums, DotPairs pairs) {
+#if HWY_TARGET == HWY_AVX3
+  return DotSums{_mm512_add_epi32(sums.raw, _mm512_madd_epi16(pairs.raw, _mm512_set1_epi16(1)))};
+#elif HWY_TARGET == HWY_AVX2
+  return DotSums{_mm256_add_epi32(sums.raw, _mm256_madd_epi16(pairs.raw, _mm256_set1_epi16(1)))};
+#elif HWY_TARGET == HWY_SSE4
+  return DotSums{_mm_add_epi32(sums.raw, _mm_madd_epi16(pairs.raw, _mm_set1_epi16(1)))};
+#else
+  const auto words = hn::BitCast(DotSumsTag(), pairs);
+  return hn::Add(sums,
+                 hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(words)), hn::ShiftRight<16>(words)));
+#endif
+}
+
+// sums[i] + four products. kPortable is exact where PairProducts is, kNative always.
 template <DotKind kDot>
-HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes,
-                           hn::Vec<hn::RebindToSigned<DotBytesTag>> acts) {
+HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes, DotActs acts) {
+  // 16-bit products, 32-bit sums, no saturation. The functions around are compiled without VNNI,
+  // hence assembly; UseTarget sends only CPUs that have it here.
 #if HWY_TARGET == HWY_AVX3
   if constexpr (kDot == DotKind::kNative) {
-    // 16-bit products, 32-bit sums, no saturation. The functions around are compiled without
-    // AVX512-VNNI, hence assembly; UseTarget sends only CPUs that have it here.
     asm("vpdpbusd %2, %1, %0" : "+v"(sums.raw) : "v"(codes.raw), "v"(acts.raw));
     return sums;
   }
-  const __m512i pairs = _mm512_maddubs_epi16(codes.raw, acts.raw);
-  return DotSums{_mm512_add_epi32(sums.raw, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 #elif HWY_TARGET == HWY_AVX2
   if constexpr (kDot == DotKind::kNative) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums.raw) : "x"(codes.raw), "x"(acts.raw));
     return sums;
   }
-  const __m256i pairs = _mm256_maddubs_epi16(codes.raw, acts.raw);
-  return DotSums{_mm256_add_epi32(sums.raw, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
-#elif HWY_TARGET == HWY_SSE4
-  const __m128i pairs = _mm_maddubs_epi16(codes.raw, acts.raw);
-  return DotSums{_mm_add_epi32(sums.raw, _mm_madd_epi16(pairs, _mm_set1_epi16(1)))};
-#else
-  const DotSumsTag d32;
-  const hn::Repartition<int16_t, DotBytesTag> d16;
-  const auto codes16 = hn::BitCast(d16, codes);
-  const auto acts16 = hn::BitCast(d16, acts);
-  const auto even =
-      hn::Mul(hn::And(codes16, hn::Set(d16, 0xFF)), hn::ShiftRight<8>(hn::ShiftLeft<8>(acts16)));
-  const auto odd = hn::Mul(hn::BitCast(d16, hn::ShiftRight<8>(hn::BitCast(
-                                                hn::RebindToUnsigned<decltype(d16)>(), codes16))),
-                           hn::ShiftRight<8>(acts16));
-  const auto pairs = hn::BitCast(d32, hn::Add(even, odd));
-  const auto quads =
-      hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs)), hn::ShiftRight<16>(pairs));
-  return hn::Add(sums, quads);
 #endif
+  return FoldPairs(sums, PairProducts(codes, acts));
 }
 
 // One step on arrays of kDotBytes bytes.

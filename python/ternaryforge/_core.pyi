@@ -12,11 +12,12 @@ class FormatError(ValueError): ...
 
 Float32: TypeAlias = NDArray[np.float32]
 Int8: TypeAlias = NDArray[np.int8]
+Int16: TypeAlias = NDArray[np.int16]
 Int32: TypeAlias = NDArray[np.int32]
 UInt8: TypeAlias = NDArray[np.uint8]
 ScaleKind: TypeAlias = Literal["none", "tensor", "row", "group"]
 Convention: TypeAlias = Literal["multiply", "divide"]
-Activations: TypeAlias = Literal["int8", "float"]
+Activations: TypeAlias = Literal["int8", "int16", "float"]
 KvType: TypeAlias = Literal["f32", "f16", "int8"]
 HeadMode: TypeAlias = Literal["exact", "int8", "int6", "int4", "two-stage"]
 
@@ -155,7 +156,9 @@ class io:
 
 class kernels:
     @staticmethod
-    def quantize_acts(x: Float32) -> tuple[Int8, Float32]: ...  # [m, k] -> codes [m, k], scales s [m]: x ~ codes / s
+    def quantize_acts(
+        x: Float32, *, activations: Activations = "int8"
+    ) -> tuple[Int16, Float32]: ...  # [m, k] -> codes [m, k], scales s [m]: x ~ codes / s
     @staticmethod
     def repack(tensor: formats.PackedTensor, layout: str, *, threads: int = 1) -> formats.PackedTensor: ...
     @staticmethod

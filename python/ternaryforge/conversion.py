@@ -323,7 +323,7 @@ class _Rounding(_Copy):
             fields = {"quant_method": "ternaryforge", "scale": self._options.scale}
             if self._options.scale == "group":
                 fields["group_size"] = self._options.group_size
-            fields["activation_bits"] = 8 if trained else None
+            fields["activation_bits"] = 8 if trained else 16
         fields["modules_to_not_convert"] = ["lm_head"] if kept is None else list(kept)
         writer.write_json("config.json", {**self._checkpoint.config, "quantization_config": fields})
 

@@ -62,13 +62,14 @@ def matmul(
     scales: NDArray[np.float32],
     *,
     group_size: int = 128,
-    activations: Literal["int8", "float"] = "int8",
+    activations: Literal["int8", "int16", "float"] = "int8",
     threads: int | None = None,
 ) -> NDArray[np.float32]:
     """Input x [m, cols] times the transposed matrix trit * scale [rows, cols]: [m, rows].
 
     `scales` has shape [1], [rows] or [rows, groups], as `quantize_weights` returns them. With
-    "int8" activations each row of x is rounded to int8 first, and integer sums are exact.
+    "int8" and "int16" activations each row of x is rounded to 127 or 32639 steps on either side of
+    zero first, and integer sums are exact.
     """
     _require(x, np.float32, 2, "matmul")
     _require(codes, np.int8, 2, "matmul")

@@ -23,7 +23,7 @@ from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
 from ternaryforge.weights import load_weights
 
-Activations = Literal["int8", "float"]
+Activations = Literal["int8", "int16", "float"]
 KvType = Literal["f32", "f16", "int8"]
 HeadMode = Literal["exact", "int8", "int6", "int4", "two-stage"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
@@ -63,8 +63,8 @@ class TernaryModel:
     ) -> Self:
         """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
-        `threads`: None takes the physical cores that this process may use. `activations`: "int8" or
-        "float"; None does what the checkpoint says (float for dense weights). `kv`: how keys and
+        `threads`: None takes the physical cores that this process may use. `activations`: "int8",
+        "int16" or "float"; None does what the checkpoint says (float for dense weights). `kv`: how keys and
         values are remembered, "f32", "f16" or "int8", 4, 2 and about 1 byte a number
         (`transformer.kv_bytes_per_token`). `head`: how logits are made; "exact" multiplies the head
         as it is stored, "int8", "int6" and "int4" quantize a floating-point head when it is loaded,
@@ -75,8 +75,8 @@ class TernaryModel:
         """
         if threads is not None and threads < 1:
             raise ValueError(f"[load] threads must be positive, got {threads}")
-        if activations not in (None, "int8", "float"):
-            raise ValueError(f"[load] activations must be 'int8' or 'float', got {activations!r}")
+        if activations not in (None, "int8", "int16", "float"):
+            raise ValueError(f"[load] activations must be 'int8', 'int16' or 'float', got {activations!r}")
         if kv not in ("f32", "f16", "int8"):
             raise ValueError(f"[load] kv must be 'f32', 'f16' or 'int8', got {kv!r}")
         if head not in get_args(HeadMode):
@@ -457,8 +457,10 @@ class TernaryModel:
 
 
 def default_activations(quantization: Quantization | None) -> Activations:
-    """What a checkpoint was made for. Sixteen bits and more run in floating point."""
-    return "int8" if quantization is not None and quantization.activation_bits == 8 else "float"
+    """What a checkpoint was made for: `activation_bits`, floating point where it names none."""
+    bits = None if quantization is None else quantization.activation_bits
+    names: dict[int | None, Activations] = {8: "int8", 16: "int16"}
+    return names.get(bits, "float")
 
 
 def _temperature(temperature: float, *, do_sample: bool | None) -> float:

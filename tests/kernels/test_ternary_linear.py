@@ -7,7 +7,8 @@ import pytest
 from ternaryforge import _core
 
 SHAPES = [(4, 1), (4, 15), (16, 16), (20, 17), (12, 64), (36, 100), (64, 257), (132, 1000)]
-TOKENS = [1, 2, 3, 5, 8, 9, 17]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 17, 130]
+MAX_CODES = {"int8": 127, "int16": 32639}
 
 
 def made_trits(rows: int, cols: int, seed: int = 0) -> np.ndarray:
@@ -41,10 +42,14 @@ def dense(trits: np.ndarray, scales: np.ndarray, kind: str, group_size: int) -> 
     return trits.astype(np.float64) * columns
 
 
-def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """BitNet b1.58's per-token int8: s = 127 * (1 / max(max |x|, 1e-5)) in float32, round half to even."""
-    scale = np.float32(127) * (np.float32(1) / np.maximum(np.abs(x).max(axis=1), np.float32(1e-5)))
-    return np.clip(np.rint(x * scale[:, None]), -128, 127).astype(np.int8), scale
+def quantized(x: np.ndarray, activations: str = "int8") -> tuple[np.ndarray, np.ndarray]:
+    """BitNet b1.58's per-token int8: s = 127 * (1 / max(max |x|, 1e-5)) in float32, round half to even.
+
+    int16 has 32639 = 127 * 257 for 127.
+    """
+    limit = np.float32(MAX_CODES[activations])
+    scale = limit * (np.float32(1) / np.maximum(np.abs(x).max(axis=1), np.float32(1e-5)))
+    return np.clip(np.rint(x * scale[:, None]), -limit, limit).astype(np.int16), scale
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -68,14 +73,15 @@ def test_long_rows_of_extremes_do_not_saturate(target: str, cols: int, code: int
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64), ("group", 128)])
-def test_int8_linear_is_the_contract(target: str, kind: str, group_size: int, tokens: int) -> None:
+@pytest.mark.parametrize("activations", MAX_CODES)
+def test_integer_linear_is_the_contract(target: str, activations: str, kind: str, group_size: int, tokens: int) -> None:
     rows, cols = 36, 300
     trits = made_trits(rows, cols)
     tensor, scales = packed(trits, kind, group_size)
     x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
-    codes, act_scale = quantized(x)
+    codes, act_scale = quantized(x, activations)
     expected = codes.astype(np.float64) @ dense(trits, scales, kind, group_size).T / act_scale[:, None]
-    actual = _core.kernels.linear(x, tensor, activations="int8")
+    actual = _core.kernels.linear(x, tensor, activations=activations)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -91,7 +97,7 @@ def test_float_linear_is_the_product(target: str, kind: str, group_size: int, to
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("activations", ["int8", "int16", "float"])
 @pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64)])
 def test_every_target_gives_the_same_bits(kind: str, group_size: int, activations: str) -> None:
     tensor, _ = packed(made_trits(36, 300), kind, group_size)
@@ -101,7 +107,8 @@ def test_every_target_gives_the_same_bits(kind: str, group_size: int, activation
         results = {}
         for name in _core.simd.supported_targets():
             _core.simd.use_target(name)
-            results[name] = _core.kernels.linear(x, tensor, activations=activations)
+            parts = [_core.kernels.linear(part, tensor, activations=activations) for part in (x, x[:1], x[1:4])]
+            results[name] = np.concatenate(parts)
     finally:
         _core.simd.use_target(previous)
     first = next(iter(results.values()))
@@ -109,7 +116,7 @@ def test_every_target_gives_the_same_bits(kind: str, group_size: int, activation
         np.testing.assert_array_equal(result, first, err_msg=name)
 
 
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("activations", ["int8", "int16", "float"])
 def test_tokens_and_threads_do_not_change_a_bit(target: str, activations: str) -> None:
     tensor, _ = packed(made_trits(100, 200), "group", 64)
     x = np.random.default_rng(5).normal(size=(13, 200)).astype(np.float32)
@@ -121,13 +128,14 @@ def test_tokens_and_threads_do_not_change_a_bit(target: str, activations: str) -
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 15, 16, 17, 63, 64, 65, 1000])
-def test_activations_round_half_to_even(target: str, size: int) -> None:
+@pytest.mark.parametrize("activations", MAX_CODES)
+def test_activations_round_half_to_even(target: str, activations: str, size: int) -> None:
     x = np.random.default_rng(6).normal(size=(3, size)).astype(np.float32)
     x[0] = (np.arange(size) % 9 - 4) * 0.5  # ties once scaled by the powers of two below
-    x[0, 0] = 127.0
+    x[0, 0] = MAX_CODES[activations]
     x[1] = 0
-    codes, scales = _core.kernels.quantize_acts(x)
-    expected, expected_scales = quantized(x)
+    codes, scales = _core.kernels.quantize_acts(x, activations=activations)
+    expected, expected_scales = quantized(x, activations)
     np.testing.assert_array_equal(scales, expected_scales)
     np.testing.assert_array_equal(codes, expected)
     assert not codes[1].any()
@@ -137,6 +145,26 @@ def test_ties_become_even(target: str) -> None:
     x = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], np.float32)
     codes, _ = _core.kernels.quantize_acts(x)
     np.testing.assert_array_equal(codes, [[127, 0, 2, 2, 0, -2, -2]])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("cols", [5120, 28672, 65520])
+def test_long_rows_of_the_largest_int16_codes(target: str, cols: int, sign: int) -> None:
+    """One activation of either sign fixes the scale at 1; the sum comes near the end of 32 bits."""
+    tensor, _ = packed(np.full((4, cols), sign, np.int8))
+    x = np.full((3, cols), MAX_CODES["int16"], np.float32)
+    x[1] *= -1
+    x[2, ::2] *= -1
+    sums = _core.kernels.linear(x, tensor, activations="int16") / made_scales("tensor", 4, cols, 64)
+    scale = quantized(x, "int16")[1][0]
+    expected = np.array([1, -1, 0])[:, None] * float(cols * MAX_CODES["int16"] * sign) / scale
+    np.testing.assert_allclose(sums, np.broadcast_to(expected, sums.shape), rtol=3e-7)
+
+
+def test_rows_that_could_overflow_are_refused() -> None:
+    tensor, _ = packed(np.ones((4, 65537), np.int8))
+    with pytest.raises(ValueError, match="exact up to 65536 columns, got 65537"):
+        _core.kernels.linear(np.ones((1, 65537), np.float32), tensor, activations="int16")
 
 
 def test_tiny_activations_do_not_divide_by_zero(target: str) -> None:
@@ -151,7 +179,7 @@ def test_wrong_arguments_are_refused() -> None:
         _core.kernels.linear(np.zeros((1, 20)), tensor, activations="int8")
     with pytest.raises(ValueError, match="20 columns"):
         _core.kernels.linear(np.zeros((1, 21), np.float32), tensor, activations="int8")
-    with pytest.raises(ValueError, match="int8 or float"):
+    with pytest.raises(ValueError, match="int8, int16 or float"):
         _core.kernels.linear(np.zeros((1, 20), np.float32), tensor, activations="bf16")
     with pytest.raises(ValueError, match="at least one thread"):
         _core.kernels.linear(np.zeros((1, 20), np.float32), tensor, activations="int8", threads=0)

@@ -134,7 +134,7 @@ def test_row_and_group_scales(tmp_path: Path, scale: Any, group: int) -> None:
     expected = {"quant_method": "ternaryforge", "scale": scale}
     if scale == "group":
         expected["group_size"] = group
-    expected |= {"activation_bits": None, "modules_to_not_convert": ["lm_head"]}
+    expected |= {"activation_bits": 16, "modules_to_not_convert": ["lm_head"]}
     assert after.config["quantization_config"] == expected
     for name in filter(is_linear, before):
         weights = before.read_float32(name)

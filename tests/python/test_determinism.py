@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ternaryforge import TernaryModel, _core
 
-Activations = Literal["int8", "float"]
+Activations = Literal["int8", "int16", "float"]
 Float32 = NDArray[np.float32]
 Ids = NDArray[np.int32]
 figures = logging.getLogger("figures")  # seen with pytest --log-cli-level=INFO
@@ -36,6 +36,7 @@ CONFIGS = {
     "group": made_models.llama_config(**SIZES, quantization_config=GROUPS),
 }
 CASES = [(name, activations) for name in CONFIGS for activations in ("int8", "float")]
+CASES.append(("group", "int16"))
 IDS, OTHER_IDS = np.random.default_rng(0).integers(0, 263, (2, 150)).astype(np.int32)
 
 

@@ -22,6 +22,7 @@ CONFIGS = {
     "llama tied": made_models.llama_config(tie_word_embeddings=True, num_key_value_heads=1, head_dim=10),
     "llama rows": made_models.llama_config(quantization_config=ROWS),
     "llama groups": made_models.llama_config(quantization_config=GROUPS, intermediate_size=164),
+    "llama sixteen": made_models.llama_config(quantization_config=GROUPS | {"activation_bits": 16}),
     "bitnet divide": made_models.bitnet_config(),
     "bitnet multiply": made_models.bitnet_config(quantization_config=MULTIPLY, tie_word_embeddings=False),
 }
@@ -62,7 +63,7 @@ def test_int8_logits(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activations_are_what_the_checkpoint_says(tmp_path: Path, name: str) -> None:
     made_models.write_folder(tmp_path, CONFIGS[name])
-    expected = "int8" if "bitnet" in name or "rows" in name else "float"
+    expected = "int8" if "bitnet" in name or "rows" in name else "int16" if "sixteen" in name else "float"
     assert TernaryModel.from_pretrained(tmp_path).transformer.activations == expected
 
 
@@ -259,7 +260,7 @@ def test_wrong_ways_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     made_models.write_folder(tmp_path, made_models.llama_config())
     with pytest.raises(ValueError, match="threads must be positive"):
         TernaryModel.from_pretrained(tmp_path, threads=0)
-    with pytest.raises(ValueError, match="activations must be 'int8' or 'float', got 'int4'"):
+    with pytest.raises(ValueError, match="activations must be 'int8', 'int16' or 'float', got 'int4'"):
         TernaryModel.from_pretrained(tmp_path, activations="int4")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         TernaryModel.from_pretrained(tmp_path / "absent")

@@ -17,6 +17,7 @@ class Activations(StrEnum):
     """Values of `--activations`."""
 
     INT8 = "int8"
+    INT16 = "int16"
     FLOAT = "float"
 
 
