@@ -14,6 +14,7 @@
 #include "formats/onebit.h"
 #include "formats/packed_tensor.h"
 #include "formats/t16.h"
+#include "formats/t20.h"
 
 namespace tf {
 namespace {
@@ -65,19 +66,23 @@ PackedTensor FromBuffer(const std::string& layout, size_t rows, size_t cols, con
                       std::move(all));
 }
 
-py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name) {
+py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name,
+                          size_t group_size) {
   const std::span<const int8_t> values = TakeArray<int8_t>(trits, 2, "pack", "trits");
   const size_t rows = ShapeOf(trits)[0], cols = ShapeOf(trits)[1];
   const Layout layout = LayoutFromName(layout_name);
   Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
         "[pack] a ternary layout without scales is needed, got ", layout_name,
         ": see encode_ternary and decode_ternary");
-  py::array_t<uint8_t> packed(std::vector<size_t>{LayoutBytes(layout, rows, cols)});
+  py::array_t<uint8_t> packed(std::vector<size_t>{LayoutBytes(layout, rows, cols, group_size)});
   const std::span<uint8_t> out = SpanOf(packed);
   const py::gil_scoped_release release;
   switch (layout) {
     case Layout::kT16:
       T16Pack(values, rows, cols, out);
+      break;
+    case Layout::kT20:
+      T20Pack(values, rows, cols, group_size, out);
       break;
     case Layout::kOnebit:
       OnebitTernaryPack(values, rows, cols, out);
@@ -92,20 +97,24 @@ py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name
 }
 
 py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name, size_t rows,
-                           size_t cols) {
+                           size_t cols, size_t group_size) {
   const std::span<const uint8_t> bytes = TakeArray<uint8_t>(data, 1, "unpack", "data");
   const Layout layout = LayoutFromName(layout_name);
   Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
         "[unpack] a ternary layout without scales is needed, got ", layout_name,
         ": see encode_ternary and decode_ternary");
-  Check(bytes.size() == LayoutBytes(layout, rows, cols), "[unpack] ", layout_name, " of ", rows,
-        " x ", cols, " takes ", LayoutBytes(layout, rows, cols), " bytes, got ", bytes.size());
+  const size_t expected = LayoutBytes(layout, rows, cols, group_size);
+  Check(bytes.size() == expected, "[unpack] ", layout_name, " of ", rows, " x ", cols, " takes ",
+        expected, " bytes, got ", bytes.size());
   auto trits = py::array_t<int8_t>({rows, cols});
   const std::span<int8_t> out = SpanOf(trits);
   const py::gil_scoped_release release;
   switch (layout) {
     case Layout::kT16:
       T16Unpack(bytes, rows, cols, out);
+      break;
+    case Layout::kT20:
+      T20Unpack(bytes, rows, cols, group_size, out);
       break;
     case Layout::kOnebit:
       OnebitTernaryUnpack(bytes, rows, cols, out);
@@ -121,12 +130,15 @@ py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name
 
 py::array_t<float> EffectiveScales(const PackedTensor& tensor) {
   const Scales& scales = tensor.scales();
-  std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(scales.effective.size())};
-  if (scales.kind == ScaleKind::kGroup) {
-    shape = {static_cast<py::ssize_t>(tensor.rows()),
-             static_cast<py::ssize_t>(scales.PerRow(tensor.cols()))};
+  if (scales.kind != ScaleKind::kGroup) {
+    return py::array_t<float>(static_cast<py::ssize_t>(scales.effective.size()),
+                              scales.effective.data());
   }
-  return py::array_t<float>(shape, scales.effective.data());
+  const size_t groups = scales.PerRow(tensor.cols());
+  auto table = py::array_t<float>({tensor.rows(), groups});
+  const std::span<float> out = SpanOf(table);
+  for (size_t i = 0; i < out.size(); ++i) out[i] = tensor.ScaleAt(i / groups, i % groups);
+  return table;
 }
 
 // Read-only, and keeps the tensor alive.
@@ -157,16 +169,17 @@ void register_formats(py::module_& formats) {
                              [](const PackedTensor& t) { return t.scales().group_size; })
       .def_property_readonly("data", &BytesView)
       .def_property_readonly("effective_scales", &EffectiveScales);
-  formats.def("pack", &Pack, py::arg("trits"), py::arg("layout"),
-              "Trits [rows, cols] to the bytes of a layout.");
+  formats.def("pack", &Pack, py::arg("trits"), py::arg("layout"), py::kw_only(),
+              py::arg("group_size") = 0, "Trits [rows, cols] to the bytes of a layout.");
   formats.def("unpack", &Unpack, py::arg("data"), py::arg("layout"), py::arg("rows"),
-              py::arg("cols"), "The inverse of pack.");
+              py::arg("cols"), py::kw_only(), py::arg("group_size") = 0, "The inverse of pack.");
   formats.def(
       "layout_bytes",
-      [](const std::string& layout, size_t rows, size_t cols) {
-        return LayoutBytes(LayoutFromName(layout), rows, cols);
+      [](const std::string& layout, size_t rows, size_t cols, size_t group_size) {
+        return LayoutBytes(LayoutFromName(layout), rows, cols, group_size);
       },
-      py::arg("layout"), py::arg("rows"), py::arg("cols"), "Bytes that a matrix takes.");
+      py::arg("layout"), py::arg("rows"), py::arg("cols"), py::kw_only(), py::arg("group_size") = 0,
+      "Bytes that a matrix takes.");
   formats.def(
       "hf_packed_is_valid",
       [](const py::array& data) {

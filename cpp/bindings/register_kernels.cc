@@ -18,6 +18,7 @@
 #include "kernels/repack.h"
 #include "kernels/self_test.h"
 #include "kernels/ternary_gemv.h"
+#include "kernels/tile_choice.h"
 
 namespace tf {
 namespace {
@@ -37,7 +38,7 @@ py::tuple QuantizeActsArray(const py::array& x, const std::string& activations) 
     const py::gil_scoped_release release;
     const size_t lanes = LanesPerToken(mode);
     AlignedArray<int8_t> parts(lanes * PaddedCols(cols));
-    AlignedArray<int32_t> sums(ChunkCount(cols));
+    AlignedArray<uint32_t> sums(ChunkCount(cols) + 1);
     for (size_t t = 0; t < tokens; ++t) {
       QuantizeActs(mode, values.data() + t * cols, cols, lanes, parts.data(), &scales_out[t],
                    sums.data());
@@ -51,12 +52,17 @@ py::tuple QuantizeActsArray(const py::array& x, const std::string& activations) 
   return py::make_tuple(codes, scales);
 }
 
+// Tiles stay as they are.
+PackedTensor ToTiles(const PackedTensor& tensor, const Team& team) {
+  return IsTiles(tensor.layout()) ? tensor : RepackT16(tensor, team);
+}
+
 PackedTensor Repack(const PackedTensor& tensor, const std::string& layout, size_t threads) {
-  Check(LayoutFromName(layout) == Layout::kT16, "[repack] the run-time layout is t16, got ",
-        layout);
+  const Layout wanted = LayoutFromName(layout);
+  Check(IsTiles(wanted), "[repack] the run-time layouts are t16 and t20, got ", layout);
   const Team team(threads);
   const py::gil_scoped_release release;
-  return RepackT16(tensor, team);
+  return wanted == Layout::kT20 ? RepackT20(ToTiles(tensor, team), team) : RepackT16(tensor, team);
 }
 
 py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
@@ -70,8 +76,7 @@ py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
   auto out = py::array_t<float>({tokens, tensor.rows()});
   const std::span<float> result = SpanOf(out);
   const py::gil_scoped_release release;
-  const PackedTensor weight =
-      tensor.alphabet() == Alphabet::kTrit ? RepackT16(tensor, team) : tensor;
+  const PackedTensor weight = tensor.alphabet() == Alphabet::kTrit ? ToTiles(tensor, team) : tensor;
   CheckCols(mode, cols);
   LinearInput input(tokens, cols);
   for (size_t t = 0; t < tokens; ++t) {
@@ -91,7 +96,7 @@ py::array_t<int32_t> TernaryDotArray(const py::array& codes, const PackedTensor&
   auto out = py::array_t<int32_t>({tokens, tensor.rows()});
   const std::span<int32_t> result = SpanOf(out);
   const py::gil_scoped_release release;
-  const PackedTensor weight = RepackT16(tensor, Team(1));
+  const PackedTensor weight = ToTiles(tensor, Team(1));
   AlignedArray<int8_t> padded(PaddedCols(cols));
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(values.data() + t * cols, cols, padded.data());
@@ -115,6 +120,29 @@ void register_kernels(py::module_& kernels) {
               "x [tokens, cols] times the transposed weight: [tokens, rows].");
   kernels.def("ternary_dot", &TernaryDotArray, py::arg("codes"), py::arg("tensor"),
               "Exact integer sums of trit * code: [tokens, rows].");
+  kernels.def(
+      "time_linear",
+      [](const PackedTensor& tensor, size_t tokens, const std::string& activations, size_t threads,
+         size_t passes) {
+        const ActivationMode mode = ActivationModeFromName(activations);
+        CheckCols(mode, tensor.cols());
+        const Team team(threads);
+        const py::gil_scoped_release release;
+        return TimeLinear(tensor, tokens, mode, team, passes);
+      },
+      py::arg("tensor"), py::arg("tokens"), py::kw_only(), py::arg("activations"),
+      py::arg("threads") = 1, py::arg("passes") = 5,
+      "Seconds of each pass of `linear` on a tensor in a run-time layout.");
+  kernels.def(
+      "fastest_layout",
+      [](size_t weights, const std::string& activations, size_t threads) {
+        const ActivationMode mode = ActivationModeFromName(activations);
+        const Team team(threads);
+        const py::gil_scoped_release release;
+        return std::string(LayoutName(FastestTiles(weights, mode, team)));
+      },
+      py::arg("weights"), py::kw_only(), py::arg("activations"), py::arg("threads") = 1,
+      "The run-time layout, t16 or t20, that this machine multiplies faster.");
   kernels.def("self_test", &SelfTest, py::call_guard<py::gil_scoped_release>(),
               "Checks every kernel of the active target against scalar code; returns what failed.");
 }

@@ -61,6 +61,13 @@ const char* NameOf(const Named<Value> (&table)[kSize], Value value) {
       ->name;
 }
 
+std::optional<Layout> TilesFromName(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  Check(name == "t16" || name == "t20", "[layout] the run-time layout is auto, t16 or t20, got '",
+        name, "'");
+  return LayoutFromName(name);
+}
+
 py::array_t<float> Forward(Transformer& transformer,
                            const std::vector<std::pair<py::array, SequenceState*>>& batch,
                            const std::string& logits) {
@@ -240,19 +247,20 @@ void register_model(py::module_& model) {
       .def(py::init(
                [](const ModelSpec& spec, std::map<std::string, PackedTensor> weights,
                   const std::string& activations, const std::string& kv, const std::string& head,
-                  size_t threads,
+                  size_t threads, const std::string& layout,
                   const std::map<std::string, std::tuple<py::array, py::array, float>>& adapters) {
                  const ActivationMode mode = ActivationModeFromName(activations);
                  const KvType kv_type = KvTypeFromName(kv);
                  const HeadMode head_mode = HeadModeFromName(head);
+                 const std::optional<Layout> tiles = TilesFromName(layout);
                  Adapters taken = TakeAdapters(adapters);
                  const py::gil_scoped_release release;
                  return std::make_unique<Transformer>(spec, std::move(weights), std::move(taken),
-                                                      mode, kv_type, head_mode, threads);
+                                                      mode, kv_type, head_mode, threads, tiles);
                }),
            py::arg("spec"), py::arg("weights"), py::kw_only(), py::arg("activations"),
            py::arg("kv") = "f32", py::arg("head") = "exact", py::arg("threads"),
-           py::arg("adapters") = py::dict())
+           py::arg("layout") = "auto", py::arg("adapters") = py::dict())
       .def_property_readonly("spec", &Transformer::spec)
       .def_property_readonly("threads", [](const Transformer& t) { return t.team().threads(); })
       .def_property_readonly("activations",

@@ -11,6 +11,7 @@
 #include "formats/hf_packed.h"
 #include "formats/onebit.h"
 #include "formats/t16.h"
+#include "formats/t20.h"
 #include "formats/ternary_codec.h"
 
 namespace tf {
@@ -22,7 +23,7 @@ struct LayoutEntry {
   Alphabet alphabet;
 };
 
-constexpr std::array<LayoutEntry, 21> kLayouts = {{
+constexpr std::array<LayoutEntry, 22> kLayouts = {{
     {Layout::kF32, "f32", Alphabet::kFloat},
     {Layout::kF16, "f16", Alphabet::kFloat},
     {Layout::kBf16, "bf16", Alphabet::kFloat},
@@ -31,6 +32,7 @@ constexpr std::array<LayoutEntry, 21> kLayouts = {{
     {Layout::kOnebit, "onebit", Alphabet::kTrit},
     {Layout::kOnebitBinary, "onebit_binary", Alphabet::kTrit},
     {Layout::kT16, "t16", Alphabet::kTrit},
+    {Layout::kT20, "t20", Alphabet::kTrit},
     {Layout::kI2S, "i2_s", Alphabet::kTrit},
     {Layout::kI2S64, "i2_s_64", Alphabet::kTrit},
     {Layout::kI2SRows4, "i2_s_rows4", Alphabet::kTrit},
@@ -65,7 +67,7 @@ Layout LayoutFromName(std::string_view name) {
   throw std::invalid_argument(StrCat("[layout] a layout is one of ", known, ", not '", name, "'"));
 }
 
-size_t LayoutBytes(Layout layout, size_t rows, size_t cols) {
+size_t LayoutBytes(Layout layout, size_t rows, size_t cols, size_t group_size) {
   constexpr size_t kLimit = std::numeric_limits<size_t>::max() / 64;
   Check(rows > 0 && cols > 0, "[layout] a matrix has at least one row and one column, got ", rows,
         " x ", cols);
@@ -87,6 +89,8 @@ size_t LayoutBytes(Layout layout, size_t rows, size_t cols) {
       return OnebitBinaryBytes(rows, cols);
     case Layout::kT16:
       return T16Bytes(rows, cols);
+    case Layout::kT20:
+      return T20Bytes(rows, cols, group_size);
     default:
       return FindTernaryCodec(layout)->bytes(rows, cols);
   }

@@ -19,6 +19,7 @@ enum class Layout : uint8_t {
   kOnebit,        // 2 bits a weight, as in .1bit files, see formats/onebit.h
   kOnebitBinary,  // 1 bit a weight, as in .1bit files
   kT16,           // run-time tiles of 16 rows x 16 columns, see formats/t16.h
+  kT20,           // run-time tiles of 16 rows x 20 columns, see formats/t20.h
   // Files of other engines: codes and scales, see the file of the same name in formats/.
   kI2S,
   kI2S64,
@@ -46,8 +47,11 @@ bool HoldsScales(Layout layout);
 std::string_view LayoutName(Layout layout);
 Layout LayoutFromName(std::string_view name);
 
-// Bytes that a rows x cols matrix takes. Throws std::invalid_argument where the layout cannot hold
-// the shape or the size overflows.
-size_t LayoutBytes(Layout layout, size_t rows, size_t cols);
+// Whether the kernels run on it: 16-row tiles of trits.
+constexpr bool IsTiles(Layout layout) { return layout == Layout::kT16 || layout == Layout::kT20; }
+
+// Bytes that a rows x cols matrix takes; group_size: 0 unless scales are per group (t20 depends on
+// it). Throws std::invalid_argument where the layout cannot hold the shape or the size overflows.
+size_t LayoutBytes(Layout layout, size_t rows, size_t cols, size_t group_size = 0);
 
 }  // namespace tf

@@ -46,7 +46,7 @@ PackedTensor::PackedTensor(Layout layout, size_t rows, size_t cols, std::span<co
       bytes_(bytes),
       owner_(std::move(owner)),
       scales_(std::move(scales)) {
-  const size_t expected = LayoutBytes(layout, rows, cols);
+  const size_t expected = LayoutBytes(layout, rows, cols, scales_.group_size);
   Check(bytes.size() == expected, "[packed_tensor] ", LayoutName(layout), " of ", rows, " x ", cols,
         " takes ", expected, " bytes, got ", bytes.size());
   if (HoldsScales(layout)) {
@@ -59,11 +59,37 @@ PackedTensor::PackedTensor(Layout layout, size_t rows, size_t cols, std::span<co
   }
   Check(alphabet() != Alphabet::kInt8 || scales_.kind != ScaleKind::kGroup,
         "[packed_tensor] int8 codes have one scale per tensor or row, not per group");
+  if (!IsTiles(layout) || scales_.kind == ScaleKind::kTensor) return;
+  panel_scales_ = std::make_shared<PanelScales>(scales_.effective, rows, scales_.PerRow(cols));
+  if (scales_.kind == ScaleKind::kGroup) {
+    scales_.stored = {};
+    scales_.effective = {};
+  }
+}
+
+PackedTensor PackedTensor::WithTiles(Layout layout, uint8_t** bytes) const {
+  Check(IsTiles(layout_) && IsTiles(layout),
+        "[packed_tensor] not both are tiles: ", LayoutName(layout_), ", ", LayoutName(layout));
+  auto buffer = std::make_shared<AlignedArray<uint8_t>>(
+      LayoutBytes(layout, rows_, cols_, scales_.group_size));
+  *bytes = buffer->data();
+  PackedTensor result = *this;
+  result.layout_ = layout;
+  result.bytes_ = std::as_const(*buffer).span();
+  result.owner_ = std::move(buffer);
+  return result;
+}
+
+float PackedTensor::ScaleAt(size_t row, size_t group) const {
+  if (panel_scales_ != nullptr) return panel_scales_->At(row, group);
+  if (scales_.kind == ScaleKind::kTensor) return scales_.effective[0];
+  return scales_.effective[row * scales_.PerRow(cols_) + group];
 }
 
 PackedTensor PackedTensor::Allocate(Layout layout, size_t rows, size_t cols, Scales scales,
                                     uint8_t** bytes) {
-  auto buffer = std::make_shared<AlignedArray<uint8_t>>(LayoutBytes(layout, rows, cols));
+  auto buffer =
+      std::make_shared<AlignedArray<uint8_t>>(LayoutBytes(layout, rows, cols, scales.group_size));
   *bytes = buffer->data();
   const std::span<const uint8_t> view = std::as_const(*buffer).span();
   return PackedTensor(layout, rows, cols, view, std::move(buffer), std::move(scales));

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "formats/layout.h"
+#include "formats/panel_scales.h"
 #include "formats/ternary.h"
 
 namespace tf {
@@ -48,6 +49,10 @@ class PackedTensor {
   static PackedTensor Allocate(Layout layout, size_t rows, size_t cols, Scales scales,
                                uint8_t** bytes);
 
+  // The same matrix in other run-time tiles, a fresh zeroed buffer, handed out for filling; scales
+  // are shared. Both layouts are tiles.
+  PackedTensor WithTiles(Layout layout, uint8_t** bytes) const;
+
   Alphabet alphabet() const { return AlphabetOf(layout_); }
   Layout layout() const { return layout_; }
   size_t rows() const { return rows_; }
@@ -56,6 +61,12 @@ class PackedTensor {
   std::span<const uint8_t> bytes() const { return bytes_; }
   const Scales& scales() const { return scales_; }
 
+  // Of run-time tiles with row or group scales, else null. Tiles with group scales have them here
+  // alone: `stored` and `effective` of their scales() are empty.
+  const PanelScales* panel_scales() const { return panel_scales_.get(); }
+  // The effective scale of an element. The matrix is not of floats.
+  float ScaleAt(size_t row, size_t group) const;
+
  private:
   Layout layout_ = Layout::kF32;
   size_t rows_ = 0;
@@ -63,6 +74,7 @@ class PackedTensor {
   std::span<const uint8_t> bytes_;
   std::shared_ptr<const void> owner_;
   Scales scales_;
+  std::shared_ptr<const PanelScales> panel_scales_;
 };
 
 }  // namespace tf

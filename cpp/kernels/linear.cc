@@ -40,11 +40,11 @@ void CheckCols(ActivationMode mode, size_t cols) {
 
 LinearInput::LinearInput(size_t max_tokens, size_t max_cols)
     : stride_(PaddedCols(max_cols)),
-      chunk_stride_(ChunkCount(max_cols)),
+      prefix_stride_(ChunkCount(max_cols) + 1),
       floats_(max_tokens * stride_),
       codes_(RoundUp(2 * max_tokens, kMaxLaneBlock) * stride_),
       scales_(max_tokens),
-      chunk_sums_(max_tokens * chunk_stride_) {}
+      prefix_sums_(max_tokens * prefix_stride_) {}
 
 void LinearInput::Quantize(ActivationMode mode, size_t token, size_t tokens, size_t cols) {
   if (mode == ActivationMode::kFloat) return;
@@ -52,14 +52,14 @@ void LinearInput::Quantize(ActivationMode mode, size_t token, size_t tokens, siz
   const size_t lane = token * acts.lanes_per_token;
   int8_t* codes = codes_.data() + lane / acts.block * acts.block_stride + 4 * (lane % acts.block);
   QuantizeActs(mode, Row(token), cols, acts.block, codes, scales_.data() + token,
-               chunk_sums_.data() + token * chunk_stride_);
+               prefix_sums_.data() + token * prefix_stride_);
 }
 
 QuantizedActs LinearInput::Quantized(ActivationMode mode, size_t tokens) const {
   const size_t lanes_per_token = LanesPerToken(mode);
   const size_t block = LaneBlock(tokens * lanes_per_token);
-  return {codes_.data(),  lanes_per_token,    block,        block * stride_,
-          scales_.data(), chunk_sums_.data(), chunk_stride_};
+  return {codes_.data(),  lanes_per_token,     block,         block * stride_,
+          scales_.data(), prefix_sums_.data(), prefix_stride_};
 }
 
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,

@@ -34,16 +34,16 @@ class LinearInput {
 
  private:
   size_t stride_;  // columns of floats and of codes
-  size_t chunk_stride_;
+  size_t prefix_stride_;
   AlignedArray<float> floats_;
   AlignedArray<int8_t> codes_;  // room for two lanes a token and whole blocks
   AlignedArray<float> scales_;
-  AlignedArray<int32_t> chunk_sums_;
+  AlignedArray<uint32_t> prefix_sums_;
 };
 
 // One layer to apply: out[t * out_stride + row].
 struct LinearJob {
-  const PackedTensor* weight;  // layout f32, f16, bf16, int8 or t16
+  const PackedTensor* weight;  // layout f32, f16, bf16, int8, t16 or t20
   float* out;
   size_t out_stride;
 };

@@ -73,11 +73,13 @@ void Scatter(const int8_t* HWY_RESTRICT from, size_t block, int8_t* HWY_RESTRICT
 template <ActivationMode kMode>
 void QuantizeToken(const float* HWY_RESTRICT x, size_t size, size_t block,
                    int8_t* HWY_RESTRICT codes, float* HWY_RESTRICT scale,
-                   int32_t* HWY_RESTRICT chunk_sums) {
+                   uint32_t* HWY_RESTRICT prefix_sums) {
   constexpr int kMax = kMode == ActivationMode::kInt16 ? kInt16MaxCode : kInt8MaxCode;
   // Two roundings, as PyTorch's 127 / tensor: the models were trained with these very scales.
   const float factor = static_cast<float>(kMax) * (1.0f / std::max(AbsMax(x, size), 1e-5f));
   *scale = factor;
+  uint32_t sum = 0;
+  prefix_sums[0] = 0;
   for (size_t begin = 0; begin < PaddedCols(size); begin += kChunkCols) {
     alignas(64) int8_t high[kChunkCols] = {}, low[kChunkCols] = {};
     if (begin + kChunkCols <= size) {
@@ -91,7 +93,8 @@ void QuantizeToken(const float* HWY_RESTRICT x, size_t size, size_t block,
       int32_t low_sum = 0, high_sum = 0;
       for (size_t i = 0; i < kChunkCols; ++i) low_sum += low[i];
       for (size_t i = 0; i < kChunkCols; ++i) high_sum += high[i];
-      chunk_sums[begin / kChunkCols] = 256 * high_sum + low_sum;
+      sum += static_cast<uint32_t>(256 * high_sum + low_sum);
+      prefix_sums[begin / kChunkCols + 1] = sum;
     }
     int8_t* to = codes + begin * block;
     if constexpr (kMode == ActivationMode::kInt16) {
@@ -106,11 +109,11 @@ void QuantizeToken(const float* HWY_RESTRICT x, size_t size, size_t block,
 }
 
 void Quantize(ActivationMode mode, const float* x, size_t size, size_t block, int8_t* codes,
-              float* scale, int32_t* chunk_sums) {
+              float* scale, uint32_t* prefix_sums) {
   if (mode == ActivationMode::kInt16) {
-    QuantizeToken<ActivationMode::kInt16>(x, size, block, codes, scale, chunk_sums);
+    QuantizeToken<ActivationMode::kInt16>(x, size, block, codes, scale, prefix_sums);
   } else {
-    QuantizeToken<ActivationMode::kInt8>(x, size, block, codes, scale, chunk_sums);
+    QuantizeToken<ActivationMode::kInt8>(x, size, block, codes, scale, prefix_sums);
   }
 }
 
@@ -123,8 +126,8 @@ namespace tf {
 HWY_EXPORT(Quantize);
 
 void QuantizeActs(ActivationMode mode, const float* x, size_t size, size_t block, int8_t* codes,
-                  float* scale, int32_t* chunk_sums) {
-  HWY_DYNAMIC_DISPATCH(Quantize)(mode, x, size, block, codes, scale, chunk_sums);
+                  float* scale, uint32_t* prefix_sums) {
+  HWY_DYNAMIC_DISPATCH(Quantize)(mode, x, size, block, codes, scale, prefix_sums);
 }
 
 }  // namespace tf

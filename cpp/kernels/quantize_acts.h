@@ -41,24 +41,24 @@ constexpr size_t ChunkCount(size_t cols) { return DivCeil(cols, kChunkCols); }
 // Quantized activations of several tokens. Lane l = token * lanes_per_token (+ 1 for the low part)
 // has four neighbouring columns c .. c + 3, c a multiple of 4, at
 //   codes + l / block * block_stride + c * block + 4 * (l % block).
-// Columns behind the last are zero. x is about code / scales[token]; the codes of every kChunkCols
-// neighbouring columns sum to chunk_sums[token * chunk_stride + chunk].
+// Columns behind the last are zero. x is about code / scales[token]; the codes of the columns
+// before chunk * kChunkCols sum to prefix_sums[token * prefix_stride + chunk], modulo 2^32.
 struct QuantizedActs {
   const int8_t* codes;
   size_t lanes_per_token;
   size_t block;
   size_t block_stride;
   const float* scales;
-  const int32_t* chunk_sums;
-  size_t chunk_stride;
+  const uint32_t* prefix_sums;
+  size_t prefix_stride;
 };
 
 // Quantizes the `size` activations of one token: scale = max_code * (1 / max(max|x|, 1e-5)), code =
 // x * scale rounded half to even. Writes the codes of PaddedCols(size) columns into a block of
 // `block` lanes, where `codes` points at the first column of the token's first lane (under kInt16
-// the low part follows at codes + 4), and ChunkCount(size) sums. mode: not kFloat. The result is
-// the same on every target.
+// the low part follows at codes + 4), and ChunkCount(size) + 1 sums. mode: not kFloat. The result
+// is the same on every target.
 void QuantizeActs(ActivationMode mode, const float* x, size_t size, size_t block, int8_t* codes,
-                  float* scale, int32_t* chunk_sums);
+                  float* scale, uint32_t* prefix_sums);
 
 }  // namespace tf

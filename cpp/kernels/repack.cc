@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "formats/hf_packed.h"
 #include "formats/t16.h"
+#include "formats/t20.h"
 #include "formats/ternary_codec.h"
 
 namespace tf {
@@ -116,7 +117,55 @@ PackedTensor RepackFileLayout(const TernaryCodec& codec, const PackedTensor& wei
   return PackedTensor(Layout::kT16, rows, cols, bytes, std::move(owner), std::move(runtime));
 }
 
+// Eight codes of one plane at a time; the words of five planes, times their powers of 3, add up to
+// at most 242 a byte.
+uint64_t PlaneWord(const uint8_t* tiles, size_t step, size_t word) {
+  uint64_t bytes;
+  std::memcpy(&bytes, tiles + step / 4 * kTileBytes + word * sizeof(bytes), sizeof(bytes));
+  return (bytes >> (2 * (step % 4))) & 0x0303030303030303u;
+}
+
+// `from`: the T16 tiles of a panel; `to`: its T20 tiles.
+void RetilePanel(const T20Shape& shape, const uint8_t* from, uint8_t* to) {
+  constexpr size_t kWords = kTileBytes / sizeof(uint64_t);
+  constexpr uint64_t kOnes = 0x0101010101010101u;
+  const size_t steps = 4 * T16TilesPerPanel(shape.cols);  // of four columns
+  for (size_t segment = 0; segment < shape.segments; ++segment) {
+    for (size_t tile = 0; tile < shape.SegmentTiles(); ++tile, to += kTileBytes) {
+      for (size_t word = 0; word < kWords; ++word) {
+        uint64_t bytes = 0;
+        for (size_t plane = 0; plane < kT20Planes; ++plane) {
+          const size_t step = (segment * kT20Planes + plane) * shape.plane_cols / 4 + tile;
+          const uint64_t codes = step < steps ? PlaneWord(from, step, word) : kOnes;
+          bytes += codes * static_cast<uint64_t>(kT20Powers[plane]);
+        }
+        std::memcpy(to + word * sizeof(bytes), &bytes, sizeof(bytes));
+      }
+    }
+  }
+  const size_t tail_tile = shape.tail_begin / kT16TileCols;  // a whole number of tiles, or no tail
+  if (shape.tail_begin < shape.cols)
+    std::memcpy(to, from + tail_tile * kTileBytes, T16PanelBytes(shape.cols - shape.tail_begin));
+}
+
 }  // namespace
+
+PackedTensor RepackT20(const PackedTensor& weight, const Team& team) {
+  if (weight.layout() == Layout::kT20) return weight;
+  Check(weight.layout() == Layout::kT16, "[repack] only t16 can become t20, got ",
+        LayoutName(weight.layout()));
+  uint8_t* tiles = nullptr;
+  PackedTensor result = weight.WithTiles(Layout::kT20, &tiles);
+  const T20Shape shape(weight.cols(), weight.scales().group_size);
+  team.Run([&](Worker& worker) {
+    const Range panels = worker.Share(PanelCount(weight.rows()));
+    for (size_t panel = panels.begin; panel < panels.end; ++panel) {
+      RetilePanel(shape, weight.bytes().data() + panel * T16PanelBytes(weight.cols()),
+                  tiles + panel * shape.PanelBytes());
+    }
+  });
+  return result;
+}
 
 PackedTensor RepackT16(const PackedTensor& weight, const Team& team) {
   if (weight.layout() == Layout::kT16) return weight;

@@ -14,4 +14,7 @@ namespace tf {
 // scales of groups below kChunkCols columns differ.
 PackedTensor RepackT16(const PackedTensor& weight, const Team& team);
 
+// The same ternary matrix in layout t20. weight: layout t16, or t20 (returned as it is).
+PackedTensor RepackT20(const PackedTensor& weight, const Team& team);
+
 }  // namespace tf

@@ -106,14 +106,21 @@ void TestTernaryDot(Tester& test, size_t rows, size_t cols) {
       codes[i] = static_cast<int8_t>(extreme != 0 ? extreme : test.Int(-128, 127));
     std::vector<int32_t> sums(rows);
     TernaryDot(weight, codes.data(), 0, PanelCount(rows), sums.data());
-    test.Expect(StrCat("ternary dot ", rows, " x ", cols, ", activations of ", extreme),
-                sums == reference::TernaryDot(trits, rows, codes.span().first(cols)));
+    const std::string what =
+        StrCat("ternary dot ", rows, " x ", cols, ", activations of ", extreme);
+    const std::vector<int32_t> expected =
+        reference::TernaryDot(trits, rows, codes.span().first(cols));
+    test.Expect(what, sums == expected);
+    TernaryDot(RepackT20(weight, Team(1)), codes.data(), 0, PanelCount(rows), sums.data());
+    test.Expect(what + ", t20", sums == expected);
   }
 }
 
 void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, size_t tokens) {
   const std::vector<int8_t> trits = test.Trits(rows * cols);
-  const PackedTensor weight = Pack(trits, rows, cols, RandomScales(test, kind, rows, cols));
+  const Scales scales = RandomScales(test, kind, rows, cols);
+  const PackedTensor weight = Pack(trits, rows, cols, scales);
+  const PackedTensor dense = RepackT20(weight, Team(1));
   const std::vector<float> x = test.Floats(tokens * cols);
   LinearInput input(tokens, cols);
   for (size_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * cols, cols, input.Row(t));
@@ -125,12 +132,16 @@ void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, s
     std::vector<float> out(tokens * rows);
     const LinearJob job[] = {{&weight, out.data(), rows}};
     Team(2).Run([&, mode = mode](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+    std::vector<float> dense_out(tokens * rows);
+    const LinearJob dense_job[] = {{&dense, dense_out.data(), rows}};
+    Team(2).Run(
+        [&, mode = mode](Worker& worker) { RunLinears(worker, dense_job, input, tokens, mode); });
+    test.Expect(StrCat("t16 and t20 agree, activations up to ", max_code), out == dense_out);
     for (size_t t = 0; t < tokens; ++t) {
       const std::span<const float> token = std::span(x).subspan(t * cols, cols);
       const std::vector<double> expected =
-          max_code == 0
-              ? reference::TernaryLinearF32(trits, rows, weight.scales(), token)
-              : reference::TernaryLinearInteger(trits, rows, weight.scales(), token, max_code);
+          max_code == 0 ? reference::TernaryLinearF32(trits, rows, scales, token)
+                        : reference::TernaryLinearInteger(trits, rows, scales, token, max_code);
       for (size_t row = 0; row < rows; ++row) {
         test.ExpectNear(StrCat("ternary linear, activations up to ", max_code), expected[row],
                         static_cast<double>(out[t * rows + row]), 4 * Magnitude(token));
@@ -253,7 +264,7 @@ std::vector<std::string> SelfTest() {
     TestTernaryDot(test, rows, cols);
     for (const ScaleKind kind : {ScaleKind::kTensor, ScaleKind::kRow, ScaleKind::kGroup}) {
       for (const size_t tokens : {1u, 2u, 3u, 9u})
-        TestTernaryLinear(test, kind, rows, std::min<size_t>(cols, 300), tokens);
+        TestTernaryLinear(test, kind, rows, std::min<size_t>(cols, 700), tokens);
     }
     TestDenseLinear(test, rows, std::min<size_t>(cols, 300), 3);
   }

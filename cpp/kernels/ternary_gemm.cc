@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// GEMM on T16 tiles with quantized activations; see ternary_gemm.h.
+// GEMM on run-time tiles with quantized activations; see ternary_gemm.h.
 #include "kernels/ternary_gemm.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "formats/t16.h"
-#include "kernels/epilogue.h"
+#include "kernels/tile_runs.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/ternary_gemm.cc"
@@ -16,29 +16,20 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
-#include "simd/dot-inl.h"
+#include "kernels/epilogue-inl.h"
+#include "kernels/unpack-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tf::HWY_NAMESPACE {
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-// A step is four columns: 64 bytes of unpacked codes of one panel, row r in bytes 4 r .. 4 r + 3.
-// A block of steps is unpacked once for all lanes; with two panels it takes 16 KiB of the cache.
+// A block of steps (see unpack-inl.h) is unpacked once for all lanes; two panels of it take 16 KiB
+// of the cache.
 inline constexpr size_t kBlockSteps = 128;
 inline constexpr size_t kPanels = 2;      // unpacked together
 inline constexpr size_t kMaxLanes = 128;  // summed together
 inline constexpr size_t kSumRows = kPanels * kPanelRows;
 
 #if HWY_TARGET == HWY_SCALAR
-
-void UnpackTiles(const uint8_t* tile, size_t tiles, uint8_t* codes) {
-  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes) {
-    for (size_t plane = 0; plane < 4; ++plane, codes += kTileBytes) {
-      for (size_t i = 0; i < kTileBytes; ++i) codes[i] = (tile[i] >> (2 * plane)) & 3;
-    }
-  }
-}
 
 template <simd::DotKind kDot>
 void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, size_t block, size_t lanes,
@@ -57,28 +48,7 @@ void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, size_t bloc
 
 #else
 
-namespace dot = simd::HWY_NAMESPACE;
-
 inline constexpr size_t kVectors = kTileBytes / dot::kDotBytes;  // in a step
-
-void UnpackTiles(const uint8_t* HWY_RESTRICT tile, size_t tiles, uint8_t* HWY_RESTRICT codes) {
-  const dot::DotBytesTag d8;
-  const dot::DotPairsTag d16;
-  const auto mask = hn::Set(d8, 3);
-  for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, codes += 4 * kTileBytes) {
-    for (size_t i = 0; i < kTileBytes; i += dot::kDotBytes) {
-      const auto packed = hn::LoadU(d8, tile + i);
-      const auto words = hn::BitCast(d16, packed);
-      hn::StoreU(hn::And(packed, mask), d8, codes + i);
-      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<2>(words)), mask), d8,
-                 codes + kTileBytes + i);
-      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<4>(words)), mask), d8,
-                 codes + 2 * kTileBytes + i);
-      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<6>(words)), mask), d8,
-                 codes + 3 * kTileBytes + i);
-    }
-  }
-}
 
 // Adds the dots of `steps` steps to sums[lane * kSumRows + row] for kLanes lanes and kCount vectors
 // of codes, `next` bytes apart; the rows of a vector follow those of the one before.
@@ -163,48 +133,66 @@ HWY_INLINE void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, 
 
 #endif
 
-// `panels` neighbouring panels from `panel` on, all tokens of acts.
+// What the tokens of one call share.
+struct Job {
+  const PackedTensor& weight;
+  const QuantizedActs& acts;
+  const TileRuns& runs;
+  const Epilogue& epilogue;
+  bool permute;
+};
+
+// Adds one run of `panels` neighbouring panels to the sums of `lanes` lanes.
 template <simd::DotKind kDot>
-void GemmPanels(const PackedTensor& weight, const QuantizedActs& acts, const Epilogue& epilogue,
-                size_t first_token, size_t tokens, size_t panel, size_t panels,
+void AddRun(const Job& job, const TileRun& run, size_t panel, size_t panels, size_t first_lane,
+            size_t lanes, uint8_t* HWY_RESTRICT codes, int32_t* HWY_RESTRICT sums) {
+  const QuantizedActs& acts = job.acts;
+  const size_t block_tiles = 4 * kBlockSteps / run.TileCols();
+  for (size_t tile = 0; tile < run.tiles; tile += block_tiles) {
+    const size_t tiles = std::min(block_tiles, run.tiles - tile);
+    for (size_t p = 0; p < panels; ++p) {
+      const uint8_t* stream = job.weight.bytes().data() + (panel + p) * job.runs.PanelBytes();
+      UnpackTiles(run, stream + run.byte + tile * kTileBytes, tiles, job.permute,
+                  codes + p * kBlockSteps * kTileBytes);
+    }
+    const size_t col = run.col + tile * run.TileCols();
+    for (size_t lane = 0; lane < lanes; lane += acts.block) {
+      const int8_t* from =
+          acts.codes + (first_lane + lane) / acts.block * acts.block_stride + col * acts.block;
+      AddDots<kDot>(codes, RunSteps(run, tiles), from, acts.block,
+                    std::min(acts.block, lanes - lane), panels, sums + lane * kSumRows);
+    }
+  }
+}
+
+// `panels` neighbouring panels from `panel` on, `tokens` tokens from `first_token` on.
+template <simd::DotKind kDot>
+void GemmPanels(const Job& job, size_t first_token, size_t tokens, size_t panel, size_t panels,
                 float* HWY_RESTRICT out, size_t out_stride) {
   alignas(64) uint8_t codes[kPanels * kBlockSteps * kTileBytes];
   alignas(64) int32_t sums[kMaxLanes * kSumRows];
   alignas(64) float totals[kMaxLanes * kSumRows];
-  constexpr size_t kBlockTiles = kBlockSteps / 4;
-  const size_t lanes = tokens * acts.lanes_per_token;
-  const size_t summed = RoundUp(lanes, 4);
-  const size_t first_lane = first_token * acts.lanes_per_token;
+  const size_t lanes_per_token = job.acts.lanes_per_token;
+  const size_t lanes = tokens * lanes_per_token;
   std::memset(totals, 0, tokens * kSumRows * sizeof(float));
-  for (size_t group = 0; group < epilogue.groups(); ++group) {
-    const Range range = epilogue.GroupTiles(group);
-    std::memset(sums, 0, summed * kSumRows * sizeof(int32_t));
-    for (size_t tile = range.begin; tile < range.end; tile += kBlockTiles) {
-      const size_t tiles = std::min(kBlockTiles, range.end - tile);
-      for (size_t p = 0; p < panels; ++p) {
-        const uint8_t* stream = weight.bytes().data() + (panel + p) * T16PanelBytes(weight.cols());
-        UnpackTiles(stream + tile * kTileBytes, tiles, codes + p * kBlockSteps * kTileBytes);
-      }
-      for (size_t lane = 0; lane < lanes; lane += acts.block) {
-        AddDots<kDot>(codes, 4 * tiles,
-                      acts.codes + (first_lane + lane) / acts.block * acts.block_stride +
-                          tile * kT16TileCols * acts.block,
-                      acts.block, std::min(acts.block, lanes - lane), panels,
-                      sums + lane * kSumRows);
-      }
+  for (size_t group = 0; group < job.runs.groups(); ++group) {
+    std::memset(sums, 0, RoundUp(lanes, 4) * kSumRows * sizeof(int32_t));
+    for (size_t run = 0; run < job.runs.RunsPerGroup(); ++run) {
+      AddRun<kDot>(job, job.runs.Run(group, run), panel, panels, first_token * lanes_per_token,
+                   lanes, codes, sums);
     }
     for (size_t token = 0; token < tokens; ++token) {
       for (size_t p = 0; p < panels; ++p) {
-        epilogue.AddGroup(panel + p, group, first_token + token,
-                          sums + token * acts.lanes_per_token * kSumRows + p * kPanelRows, kSumRows,
-                          totals + token * kSumRows + p * kPanelRows);
+        job.epilogue.AddGroup(panel + p, group, first_token + token,
+                              sums + token * lanes_per_token * kSumRows + p * kPanelRows, kSumRows,
+                              totals + token * kSumRows + p * kPanelRows);
       }
     }
   }
   for (size_t token = 0; token < tokens; ++token) {
     for (size_t p = 0; p < panels; ++p) {
-      epilogue.Store(panel + p, first_token + token, totals + token * kSumRows + p * kPanelRows,
-                     out + (first_token + token) * out_stride);
+      job.epilogue.Store(panel + p, first_token + token, totals + token * kSumRows + p * kPanelRows,
+                         out + (first_token + token) * out_stride);
     }
   }
 }
@@ -212,21 +200,23 @@ void GemmPanels(const PackedTensor& weight, const QuantizedActs& acts, const Epi
 template <simd::DotKind kDot>
 void GemmAll(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
              size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+  const TileRuns runs(weight);
   const Epilogue epilogue(weight, acts);
+  const Job job = {weight, acts, runs, epilogue, simd::HasBytePermute()};
   const size_t tokens_at_once = kMaxLanes / acts.lanes_per_token;
   for (size_t panel = panel_begin; panel < panel_end; panel += kPanels) {
     const size_t panels = std::min(kPanels, panel_end - panel);
     for (size_t token = 0; token < tokens; token += tokens_at_once) {
-      GemmPanels<kDot>(weight, acts, epilogue, token, std::min(tokens_at_once, tokens - token),
-                       panel, panels, out, out_stride);
+      GemmPanels<kDot>(job, token, std::min(tokens_at_once, tokens - token), panel, panels, out,
+                       out_stride);
     }
   }
 }
 
-void Gemm(simd::DotKind dot, const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
-          size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
-  const auto run = dot == simd::DotKind::kNative ? GemmAll<simd::DotKind::kNative>
-                                                 : GemmAll<simd::DotKind::kPortable>;
+void Gemm(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens, size_t panel_begin,
+          size_t panel_end, float* out, size_t out_stride) {
+  const auto run = simd::ActiveDot() == simd::DotKind::kNative ? GemmAll<simd::DotKind::kNative>
+                                                               : GemmAll<simd::DotKind::kPortable>;
   run(weight, acts, tokens, panel_begin, panel_end, out, out_stride);
 }
 
@@ -240,8 +230,7 @@ HWY_EXPORT(Gemm);
 
 void TernaryGemm(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
                  size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
-  HWY_DYNAMIC_DISPATCH(Gemm)(simd::ActiveDot(), weight, acts, tokens, panel_begin, panel_end, out,
-                             out_stride);
+  HWY_DYNAMIC_DISPATCH(Gemm)(weight, acts, tokens, panel_begin, panel_end, out, out_stride);
 }
 
 }  // namespace tf

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// GEMM on T16 tiles with float activations; see ternary_gemm.h.
+// GEMM on run-time tiles with float activations; see ternary_gemm.h.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "base/parallel.h"
 #include "formats/t16.h"
 #include "kernels/ternary_gemm.h"
+#include "kernels/tile_runs.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/ternary_gemm_float.cc"
@@ -15,31 +15,38 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include "kernels/unpack-inl.h"
+#include "simd/float-inl.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace tf::HWY_NAMESPACE {
 
-namespace hn = hwy::HWY_NAMESPACE;
+// Steps of unpacked codes at a time (see unpack-inl.h).
+inline constexpr size_t kFloatSteps = 64;
 
-// Sums of trit * x for one panel, columns col_begin .. col_end - 1 (col_begin a multiple of 16) and
-// kTokens tokens: sums[token * 16 + row].
+// Adds trit * x of `cols` columns to sums[token * 16 + row] for kTokens tokens. Every sum goes
+// through its columns in their order. A ternary product is exact, so fused and separate
+// multiply-add agree.
 template <size_t kTokens>
-HWY_INLINE void PanelSums(const uint8_t* HWY_RESTRICT stream, const float* HWY_RESTRICT x,
-                          size_t x_stride, size_t col_begin, size_t col_end,
-                          float* HWY_RESTRICT sums) {
-  const hn::CappedTag<float, kPanelRows> d;
-  const hn::Rebind<int32_t, decltype(d)> d32;
-  const size_t lanes = hn::Lanes(d);
+HWY_INLINE void AddColumns(const uint8_t* HWY_RESTRICT codes, size_t cols,
+                           const float* HWY_RESTRICT x, size_t x_stride, float* HWY_RESTRICT sums) {
+  const PartTag d;
+  const hn::Rebind<int32_t, PartTag> d32;
   const auto one = hn::Set(d, 1.0f);
   const auto mask = hn::Set(d32, 3);
-  for (size_t row = 0; row < kPanelRows; row += lanes) {
-    // A ternary product is exact, so fused and separate multiply-add agree.
-    auto acc0 = hn::Zero(d), acc1 = acc0, acc2 = acc0, acc3 = acc0;
-    for (size_t col = col_begin; col < col_end; ++col) {
-      int32_t words[kPanelRows];
-      std::memcpy(words, stream + col / kT16TileCols * kTileBytes + 4 * row, 4 * lanes);
-      const int shift = static_cast<int>(8 * (col % 4) + T16Shift(col));
-      const auto codes = hn::And(hn::ShiftRightSame(hn::LoadU(d32, words), shift), mask);
-      const auto trits = hn::Sub(hn::ConvertTo(d, codes), one);
+  for (size_t row = 0; row < kPanelRows; row += kPartLanes) {
+    Part acc0 = hn::LoadU(d, sums + row), acc1 = acc0, acc2 = acc0, acc3 = acc0;
+    if constexpr (kTokens == 4) {
+      acc1 = hn::LoadU(d, sums + kPanelRows + row);
+      acc2 = hn::LoadU(d, sums + 2 * kPanelRows + row);
+      acc3 = hn::LoadU(d, sums + 3 * kPanelRows + row);
+    }
+    for (size_t col = 0; col < cols; ++col) {
+      int32_t words[kPartLanes];
+      std::memcpy(words, codes + col / 4 * kTileBytes + 4 * row, sizeof(words));
+      const auto shifted =
+          hn::ShiftRightSame(hn::LoadU(d32, words), static_cast<int>(8 * (col % 4)));
+      const auto trits = hn::Sub(hn::ConvertTo(d, hn::And(shifted, mask)), one);
       acc0 = hn::MulAdd(trits, hn::Set(d, x[col]), acc0);
       if constexpr (kTokens == 4) {
         acc1 = hn::MulAdd(trits, hn::Set(d, x[x_stride + col]), acc1);
@@ -56,26 +63,37 @@ HWY_INLINE void PanelSums(const uint8_t* HWY_RESTRICT stream, const float* HWY_R
   }
 }
 
+// The sums of one run of tiles.
 template <size_t kTokens>
-void PanelTokens(const PackedTensor& weight, size_t panel, const float* x, size_t x_stride,
-                 float* out, size_t out_stride) {
-  const Scales& scales = weight.scales();
-  const bool grouped = scales.kind == ScaleKind::kGroup;
-  const size_t groups = scales.PerRow(weight.cols());
-  const size_t group_cols = grouped ? scales.group_size : weight.cols();
+void AddFloatRun(const TileRun& run, const uint8_t* panel, size_t cols, const float* x,
+                 size_t x_stride, float* sums) {
+  alignas(64) uint8_t codes[kFloatSteps * kTileBytes];
+  const size_t block_tiles = 4 * kFloatSteps / run.TileCols();
+  for (size_t tile = 0; tile < run.tiles; tile += block_tiles) {
+    const size_t tiles = std::min(block_tiles, run.tiles - tile);
+    const size_t begin = run.col + tile * run.TileCols();
+    if (begin >= cols) return;  // padding
+    UnpackTiles(run, panel + run.byte + tile * kTileBytes, tiles, simd::HasBytePermute(), codes);
+    AddColumns<kTokens>(codes, std::min(tiles * run.TileCols(), cols - begin), x + begin, x_stride,
+                        sums);
+  }
+}
+
+template <size_t kTokens>
+void PanelTokens(const PackedTensor& weight, const TileRuns& runs, size_t panel, const float* x,
+                 size_t x_stride, float* out, size_t out_stride) {
   const size_t rows = std::min(kPanelRows, weight.rows() - panel * kPanelRows);
-  const uint8_t* stream = weight.bytes().data() + panel * T16PanelBytes(weight.cols());
+  const uint8_t* stream = weight.bytes().data() + panel * runs.PanelBytes();
   alignas(64) float totals[kTokens * kPanelRows] = {};
-  alignas(64) float sums[kTokens * kPanelRows];
-  for (size_t group = 0; group < groups; ++group) {
-    PanelSums<kTokens>(stream, x, x_stride, group * group_cols,
-                       std::min((group + 1) * group_cols, weight.cols()), sums);
+  for (size_t group = 0; group < runs.groups(); ++group) {
+    alignas(64) float sums[kTokens * kPanelRows] = {};
+    for (size_t run = 0; run < runs.RunsPerGroup(); ++run) {
+      AddFloatRun<kTokens>(runs.Run(group, run), stream, weight.cols(), x, x_stride, sums);
+    }
     for (size_t token = 0; token < kTokens; ++token) {
       for (size_t row = 0; row < rows; ++row) {
-        const size_t index =
-            scales.kind == ScaleKind::kTensor ? 0 : (panel * kPanelRows + row) * groups + group;
         totals[token * kPanelRows + row] +=
-            sums[token * kPanelRows + row] * scales.effective[index];
+            sums[token * kPanelRows + row] * weight.ScaleAt(panel * kPanelRows + row, group);
       }
     }
   }
@@ -87,14 +105,15 @@ void PanelTokens(const PackedTensor& weight, size_t panel, const float* x, size_
 
 void GemmFloat(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
                size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
+  const TileRuns runs(weight);
   for (size_t panel = panel_begin; panel < panel_end; ++panel) {
     size_t token = 0;
     for (; token + 4 <= tokens; token += 4) {
-      PanelTokens<4>(weight, panel, x + token * x_stride, x_stride, out + token * out_stride,
+      PanelTokens<4>(weight, runs, panel, x + token * x_stride, x_stride, out + token * out_stride,
                      out_stride);
     }
     for (; token < tokens; ++token) {
-      PanelTokens<1>(weight, panel, x + token * x_stride, x_stride, out + token * out_stride,
+      PanelTokens<1>(weight, runs, panel, x + token * x_stride, x_stride, out + token * out_stride,
                      out_stride);
     }
   }

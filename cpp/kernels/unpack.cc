@@ -2,6 +2,8 @@
 // Codes of one row, tile by tile; see unpack.h.
 #include "kernels/unpack.h"
 
+#include <algorithm>
+
 #include "formats/t16.h"
 
 namespace tf {
@@ -9,14 +11,14 @@ namespace tf {
 void CopyTernaryRow(const PackedTensor& weight, size_t row, float* out) {
   const size_t cols = weight.cols();
   const Scales& scales = weight.scales();
-  const size_t groups = scales.PerRow(cols);
   const size_t group_cols = scales.kind == ScaleKind::kGroup ? scales.group_size : cols;
-  const float* scale =
-      scales.effective.data() + (scales.kind == ScaleKind::kTensor ? 0 : row * groups);
   const uint8_t* tiles = weight.bytes().data();
-  for (size_t col = 0; col < cols; ++col) {
-    const int code = tiles[T16Byte(cols, row, col)] >> T16Shift(col) & 3;
-    out[col] = static_cast<float>(code - 1) * scale[col / group_cols];
+  for (size_t begin = 0; begin < cols; begin += group_cols) {
+    const float scale = weight.ScaleAt(row, begin / group_cols);
+    for (size_t col = begin; col < std::min(begin + group_cols, cols); ++col) {
+      const int code = tiles[T16Byte(cols, row, col)] >> T16Shift(col) & 3;
+      out[col] = static_cast<float>(code - 1) * scale;
+    }
   }
 }
 

@@ -15,6 +15,7 @@
 #include "kernels/norm.h"
 #include "kernels/rope.h"
 #include "kernels/softmax.h"
+#include "kernels/tile_choice.h"
 
 namespace tf {
 namespace {
@@ -71,10 +72,13 @@ bool SameRotation(const LayerSpec& a, const LayerSpec& b) {
 
 Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors,
                          Adapters adapters, ActivationMode mode, KvType kv, HeadMode head,
-                         size_t threads)
+                         size_t threads, std::optional<Layout> tiles)
     : spec_(Validated(std::move(spec))),
       team_(threads),
-      weights_(TakeWeights(spec_, std::move(tensors), std::move(adapters), team_)),
+      weights_(TakeWeights(
+          spec_, std::move(tensors), std::move(adapters),
+          [&](size_t weights) { return tiles ? *tiles : FastestTiles(weights, mode, team_); },
+          team_)),
       mode_(mode),
       cache_(std::make_shared<KvCache>(spec_, kv)),
       head_mode_(head),
@@ -406,8 +410,8 @@ void Transformer::AttendByChunks(Worker& worker, size_t index, std::span<const P
 void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
   // Rows whose logits are wanted move to the front of the input; `rows` is the same for every
   // worker.
-  const auto wanted = static_cast<size_t>(std::count_if(
-      slice.begin(), slice.end(), [](const Position& p) { return p.wants_head(); }));
+  const auto wanted = static_cast<size_t>(
+      std::count_if(slice.begin(), slice.end(), [](const Position& p) { return p.wants_head(); }));
   size_t rows = 0;
   for (size_t t = 0; t < slice.size(); ++t) {
     if (!slice[t].wants_head()) continue;

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -54,12 +55,15 @@ class Transformer {
   // on it.
   static constexpr size_t kMaxTokens = 128;
 
-  // `adapters` by slot, empty where there are none. Throws like ModelSpec::Validate and
-  // TakeWeights. kTwoStage becomes kExact where it does not apply: for a head that is not of finite
-  // floats, has a bias, or whose logits are capped. Throws std::invalid_argument for a head that is
-  // not floating point where bits are asked for.
+  // `adapters` by slot, empty where there are none. tiles: the layout of the layers' ternary
+  // matrices, t16 or t20; without one, the faster, which is measured where it matters
+  // (FastestTiles); it does not change the result. Throws like ModelSpec::Validate and TakeWeights.
+  // kTwoStage becomes kExact where it does not apply: for a head that is not of finite floats, has
+  // a bias, or whose logits are capped. Throws std::invalid_argument for a head that is not
+  // floating point where bits are asked for.
   Transformer(ModelSpec spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
-              ActivationMode mode, KvType kv, HeadMode head, size_t threads);
+              ActivationMode mode, KvType kv, HeadMode head, size_t threads,
+              std::optional<Layout> tiles = std::nullopt);
 
   const ModelSpec& spec() const { return spec_; }
   ActivationMode mode() const { return mode_; }

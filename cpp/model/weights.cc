@@ -22,7 +22,7 @@ std::array<const Linear*, 7> Linears(const LayerWeights& layer) {
 class Taker {
  public:
   Taker(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
-        const Team& team)
+        const TileChoice& choose, const Team& team)
       : tensors_(std::move(tensors)), adapters_(std::move(adapters)), team_(team) {
     const std::vector<Slot> slots = spec.Slots();
     for (const Slot& slot : slots) {
@@ -33,10 +33,16 @@ class Taker {
             slot.name, "' is ", slot.rows, " x ", slot.cols, " by the configuration, got ",
             tensor.rows(), " x ", tensor.cols());
     }
-    if (tensors_.size() == slots.size()) return;
-    for (const Slot& slot : slots) tensors_.erase(slot.name);
-    throw std::invalid_argument(
-        StrCat("[model] no part of the model takes the weight '", tensors_.begin()->first, "'"));
+    if (tensors_.size() != slots.size()) {
+      for (const Slot& slot : slots) tensors_.erase(slot.name);
+      throw std::invalid_argument(
+          StrCat("[model] no part of the model takes the weight '", tensors_.begin()->first, "'"));
+    }
+    size_t ternary_weights = 0;
+    for (const auto& [name, tensor] : tensors_) {
+      if (tensor.alphabet() == Alphabet::kTrit) ternary_weights += tensor.rows() * tensor.cols();
+    }
+    tiles_ = choose(ternary_weights);
   }
 
   // Ternary matrices become run-time tiles; others stay as they are.
@@ -53,6 +59,8 @@ class Taker {
   Linear TakeLinear(const std::string& name, bool bias) {
     Linear linear;
     linear.weight = Matrix(name);
+    if (tiles_ == Layout::kT20 && linear.weight.layout() == Layout::kT16)
+      linear.weight = RepackT20(linear.weight, team_);
     if (bias) linear.bias = Vector(name + "_bias");
     if (auto found = adapters_.extract(name)) {
       CheckAdapter(name, found.mapped(), linear.weight.rows(), linear.weight.cols());
@@ -86,6 +94,7 @@ class Taker {
   std::map<std::string, PackedTensor> tensors_;
   Adapters adapters_;
   const Team& team_;
+  Layout tiles_ = Layout::kT16;
 };
 
 }  // namespace
@@ -126,8 +135,8 @@ size_t ModelWeights::Parameters() const {
 }
 
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
-                         Adapters adapters, const Team& team) {
-  Taker taker(spec, std::move(tensors), std::move(adapters), team);
+                         Adapters adapters, const TileChoice& choose, const Team& team) {
+  Taker taker(spec, std::move(tensors), std::move(adapters), choose, team);
   ModelWeights weights;
   weights.embedding = taker.Matrix("embedding");
   if (spec.position_embedding) weights.position_embedding = taker.Matrix("position_embedding");

@@ -2,6 +2,7 @@
 // The weights of a model in the form that kernels run on.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -62,12 +63,17 @@ struct ModelWeights {
   size_t Parameters() const;
 };
 
-// Takes every slot of `spec` out of `tensors` and repacks ternary matrices into run-time tiles.
+// Which run-time tiles the layers' ternary matrices become, given how many weights they have; see
+// FastestTiles.
+using TileChoice = std::function<Layout(size_t weights)>;
+
+// Takes every slot of `spec` out of `tensors` and repacks ternary matrices into run-time tiles:
+// those of the layers into what `choose` says, embeddings and head into t16.
 // Throws std::invalid_argument that names the slot which is missing, misshapen, left over or of an
 // alphabet that the model cannot use there (norms and biases are floats). `adapters` belong to the
 // linear layers of the layers; throws like CheckAdapter, and for an adapter that none of them
 // takes.
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,
-                         Adapters adapters, const Team& team);
+                         Adapters adapters, const TileChoice& choose, const Team& team);
 
 }  // namespace tf

@@ -3,7 +3,7 @@
 // i.
 //
 // This file alone knows the byte dot instructions. Highway 1.0.3 has no op for them, so x86 takes
-// inline assembly (vpdpbusd) or pmaddubsw, and every other target a portable branch.
+// inline assembly (vpdpbusd, vpermi2b) or pmaddubsw, and every other target a portable branch.
 
 #if defined(TERNARYFORGE_SIMD_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TERNARYFORGE_SIMD_DOT_INL_H_
@@ -100,6 +100,15 @@ HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes, DotActs acts) {
 #endif
   return FoldPairs(sums, PairProducts(codes, acts));
 }
+
+#if HWY_TARGET == HWY_AVX3
+// table[indices[i]] of 128 bytes, for indices below 128: vpermi2b, which asks for VBMI as vpdpbusd
+// does for VNNI. Only where HasBytePermute().
+HWY_INLINE DotCodes Permute128(DotCodes indices, DotCodes table_low, DotCodes table_high) {
+  asm("vpermi2b %2, %1, %0" : "+v"(indices.raw) : "v"(table_low.raw), "v"(table_high.raw));
+  return indices;
+}
+#endif
 
 // One step on arrays of kDotBytes bytes.
 template <DotKind kDot>

@@ -26,7 +26,7 @@ HWY_BEFORE_NAMESPACE();
 namespace tf::simd::HWY_NAMESPACE {
 
 // The Highway target of this function, or 0 when the dot instruction gives a wrong sum.
-int64_t ReachedTarget(DotKind dot) {
+int64_t ReachedTarget(DotKind dot, bool permute) {
   constexpr size_t kBytes = kDotBytes;
   alignas(64) uint8_t codes[kBytes];
   alignas(64) int8_t acts[kBytes];
@@ -40,6 +40,22 @@ int64_t ReachedTarget(DotKind dot) {
   } else {
     DotOnce<DotKind::kPortable>(codes, acts, sums);
   }
+#if HWY_TARGET == HWY_AVX3
+  if (permute) {  // codes through a table that leaves them as they are
+    alignas(64) uint8_t table[2 * kBytes];
+    for (size_t i = 0; i < 2 * kBytes; ++i) table[i] = static_cast<uint8_t>(i);
+    const DotBytesTag d8;
+    const auto same =
+        Permute128(hn::Load(d8, codes), hn::Load(d8, table), hn::Load(d8, table + kBytes));
+    alignas(64) uint8_t found[kBytes];
+    hn::Store(same, d8, found);
+    for (size_t i = 0; i < kBytes; ++i) {
+      if (found[i] != codes[i]) return 0;
+    }
+  }
+#else
+  if (permute) return 0;
+#endif
   for (size_t lane = 0; lane < kBytes / 4; ++lane) {
     int32_t expected = 0;
     for (size_t i = 4 * lane; i < 4 * lane + 4; ++i) expected += codes[i] * acts[i];
@@ -59,7 +75,8 @@ struct Target {
   std::string_view name;
   int64_t highway;
   DotKind dot;
-  bool (*has_dot)();
+  bool permute;
+  bool (*has_instructions)();
 };
 
 bool Always() { return true; }
@@ -70,6 +87,11 @@ bool HasAvx512Vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 11)) != 0;
 }
+bool HasAvx512VnniVbmi() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return HasAvx512Vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (ecx & (1u << 1)) != 0;
+}
 bool HasAvxVnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
@@ -79,15 +101,16 @@ bool HasAvxVnni() {
 // Best first.
 constexpr Target kTargets[] = {
 #if HWY_ARCH_X86
-    {"avx512-vnni", HWY_AVX3, DotKind::kNative, HasAvx512Vnni},
-    {"avx512", HWY_AVX3, DotKind::kPortable, Always},
-    {"avx2-vnni", HWY_AVX2, DotKind::kNative, HasAvxVnni},
-    {"avx2", HWY_AVX2, DotKind::kPortable, Always},
-    {"sse4", HWY_SSE4, DotKind::kPortable, Always},
+    {"avx512-vbmi", HWY_AVX3, DotKind::kNative, true, HasAvx512VnniVbmi},
+    {"avx512-vnni", HWY_AVX3, DotKind::kNative, false, HasAvx512Vnni},
+    {"avx512", HWY_AVX3, DotKind::kPortable, false, Always},
+    {"avx2-vnni", HWY_AVX2, DotKind::kNative, false, HasAvxVnni},
+    {"avx2", HWY_AVX2, DotKind::kPortable, false, Always},
+    {"sse4", HWY_SSE4, DotKind::kPortable, false, Always},
 #elif HWY_ARCH_ARM
-    {"neon", TF_HWY_NEON, DotKind::kPortable, Always},
+    {"neon", TF_HWY_NEON, DotKind::kPortable, false, Always},
 #endif
-    {"scalar", HWY_TARGETS&(HWY_SCALAR | HWY_EMU128), DotKind::kPortable, Always},
+    {"scalar", HWY_TARGETS&(HWY_SCALAR | HWY_EMU128), DotKind::kPortable, false, Always},
 };
 
 HWY_EXPORT(ReachedTarget);
@@ -97,7 +120,8 @@ class Choice {
   Choice() {
     const int64_t available = hwy::SupportedTargets() & HWY_TARGETS;
     for (const Target& target : kTargets) {
-      if ((available & target.highway) != 0 && target.has_dot()) supported_.push_back(&target);
+      if ((available & target.highway) != 0 && target.has_instructions())
+        supported_.push_back(&target);
     }
     const char* wanted = std::getenv("TERNARYFORGE_TARGET");
     Use(wanted == nullptr || *wanted == '\0' ? supported_.front()->name : std::string_view(wanted));
@@ -149,11 +173,15 @@ void UseTarget(std::string_view name) {
 
 DotKind ActiveDot() { return TheChoice().active().dot; }
 
+bool HasBytePermute() { return TheChoice().active().permute; }
+
 std::string DispatchedTarget() {
   const DotKind dot = ActiveDot();
-  const int64_t reached = HWY_DYNAMIC_DISPATCH(ReachedTarget)(dot);
+  const bool permute = HasBytePermute();
+  const int64_t reached = HWY_DYNAMIC_DISPATCH(ReachedTarget)(dot, permute);
   for (const Target& target : kTargets) {
-    if (target.highway == reached && target.dot == dot) return std::string(target.name);
+    if (target.highway == reached && target.dot == dot && target.permute == permute)
+      return std::string(target.name);
   }
   return "none";
 }

@@ -21,8 +21,9 @@ enum class DotKind : uint8_t {
   kNative,    // vpdpbusd (AVX512-VNNI, AVX-VNNI), sdot (dotprod), usdot (i8mm)
 };
 
-// Names of the targets that this CPU and build can run, best first: among "avx512-vnni", "avx512",
-// "avx2-vnni", "avx2", "sse4", "neon-i8mm", "neon-dotprod", "neon", "scalar".
+// Names of the targets that this CPU and build can run, best first: among "avx512-vbmi",
+// "avx512-vnni", "avx512", "avx2-vnni", "avx2", "sse4", "neon-i8mm", "neon-dotprod", "neon",
+// "scalar".
 std::vector<std::string> SupportedTargets();
 
 // The name of the target in use. The first call takes TERNARYFORGE_TARGET from the environment,
@@ -35,6 +36,9 @@ void UseTarget(std::string_view name);
 
 // The dot kind of the active target.
 DotKind ActiveDot();
+
+// Whether the active target looks bytes up in tables of 128 (AVX512-VBMI, with VNNI).
+bool HasBytePermute();
 
 // The name of the target that dispatch really reaches: reported from inside the function compiled
 // for it, and, for the dot, by executing its instruction. Equal to ActiveTarget() unless dispatch

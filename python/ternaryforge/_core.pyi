@@ -52,7 +52,7 @@ class formats:
         def __init__(
             self,
             layout: str,
-            # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16"; and those that hold their scales:
+            # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16" "t20"; and those that hold their scales:
             # "i2_s" "i2_s_64" "i2_s_rows4" "tq1_0" "tq2_0" "q1_0" "q2_0" "pq2_0" "ptq1_0" "q2_k" "q4_0" "iq1_bn"
             # "iq2_bn", with scale_kind "none", or "tensor" for one more factor (the .scale tensor of GGUF files)
             rows: int,
@@ -73,11 +73,11 @@ class formats:
         effective_scales: Float32  # weight = code * scale
 
     @staticmethod
-    def pack(trits: Int8, layout: str) -> UInt8: ...  # [rows, cols] -> bytes
+    def pack(trits: Int8, layout: str, *, group_size: int = 0) -> UInt8: ...  # [rows, cols] -> bytes; size: t20 alone
     @staticmethod
-    def unpack(data: UInt8, layout: str, rows: int, cols: int) -> Int8: ...
+    def unpack(data: UInt8, layout: str, rows: int, cols: int, *, group_size: int = 0) -> Int8: ...
     @staticmethod
-    def layout_bytes(layout: str, rows: int, cols: int) -> int: ...
+    def layout_bytes(layout: str, rows: int, cols: int, *, group_size: int = 0) -> int: ...
     @staticmethod
     def hf_packed_is_valid(data: UInt8) -> bool: ...
 
@@ -231,6 +231,12 @@ class kernels:
     @staticmethod
     def dot_peak(*, rounds: int, passes: int, threads: int) -> float: ...  # multiply-adds u8 x i8 per second
     @staticmethod
+    def time_linear(
+        tensor: formats.PackedTensor, tokens: int, *, activations: Activations, threads: int = 1, passes: int = 5
+    ) -> list[float]: ...  # seconds of each pass
+    @staticmethod
+    def fastest_layout(weights: int, *, activations: Activations, threads: int = 1) -> Literal["t16", "t20"]: ...
+    @staticmethod
     def self_test() -> list[str]: ...  # failures; empty when all kernels of the active target are right
 
 class quant:
@@ -347,6 +353,7 @@ class model:
             kv: KvType = "f32",
             head: HeadMode = "exact",
             threads: int,
+            layout: Literal["auto", "t16", "t20"] = "auto",  # of the layers' ternary matrices
             # LoRA by slot of a layer's query key value output gate up down: A [rank, cols], B [rows, rank], scaling;
             # out += scaling * B (A x), x the floats that the layer sees. Copied. ValueError with the slot's name where
             # they do not fit, for a slot that takes none, for NaN or infinity.

@@ -26,6 +26,7 @@ from ternaryforge.weights import load_weights
 Activations = Literal["int8", "int16", "float"]
 KvType = Literal["f32", "f16", "int8"]
 HeadMode = Literal["exact", "int8", "int6", "int4", "two-stage"]
+Layout = Literal["auto", "t16", "t20"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -60,6 +61,7 @@ class TernaryModel:
         activations: Activations | None = None,
         kv: KvType = "f32",
         head: HeadMode = "exact",
+        layout: Layout = "auto",
     ) -> Self:
         """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
@@ -70,8 +72,10 @@ class TernaryModel:
         as it is stored, "int8", "int6" and "int4" quantize a floating-point head when it is loaded,
         and "two-stage" chooses the tokens of the exact head, greedily or with `top_k`, at about the
         cost of "int6" (`transformer.head` says "exact" where it does not apply: docs/design/0009-head.md).
-        Raises FormatError for a checkpoint that is malformed or not supported, ValueError for a head
-        that cannot be quantized, OSError where the checkpoint cannot be read.
+        `layout` of ternary weights in memory: "t16" (2 bits), "t20" (1.6 bits), or what a short
+        measurement finds faster; the results are the same. Raises FormatError for a checkpoint that
+        is malformed or not supported, ValueError for a head that cannot be quantized, OSError where
+        the checkpoint cannot be read.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"[load] threads must be positive, got {threads}")
@@ -89,6 +93,7 @@ class TernaryModel:
                 activations=activations,
                 kv=kv,
                 head=head,
+                layout=layout,
             )
         checkpoint = Checkpoint.open(path)
         if not checkpoint.config:
@@ -102,6 +107,7 @@ class TernaryModel:
             kv=kv,
             head=head,
             threads=threads or _core.parallel.default_threads(),
+            layout=layout,
         )
         return cls(
             path=path,
@@ -113,7 +119,14 @@ class TernaryModel:
 
     @classmethod
     def _from_onebit(
-        cls, path: Path, *, threads: int, activations: Activations | None, kv: KvType, head: HeadMode
+        cls,
+        path: Path,
+        *,
+        threads: int,
+        activations: Activations | None,
+        kv: KvType,
+        head: HeadMode,
+        layout: Layout,
     ) -> Self:
         file = read_onebit(path)
         weights = {slot: tensor.packed() for slot, tensor in file.tensors.items()}
@@ -127,6 +140,7 @@ class TernaryModel:
                 kv=kv,
                 head=head,
                 threads=threads,
+                layout=layout,
             ),
             tokenizer=file.tokenizer,
             eos_ids=file.architecture.eos_ids,
@@ -150,6 +164,11 @@ class TernaryModel:
             f"TernaryModel('{self.path}': {self.architecture.architecture}, {kind}, "
             f"{self.transformer.activations} activations, {self.transformer.threads} threads)"
         )
+
+    @property
+    def layout(self) -> str:
+        """How the layers' matrices lie in memory, such as "t16" or "t20"."""
+        return self.transformer.layout
 
     @property
     def context_length(self) -> int:

@@ -138,8 +138,8 @@ def plan(
             f"[plan] method is one of {', '.join(METHODS)}, got {method!r}; methods with calibration or training "
             "are not offered yet"
         )
-    if activations not in (None, "int8", "float"):
-        raise ValueError(f"[plan] activations must be 'int8' or 'float', got {activations!r}")
+    if activations not in (None, "int8", "int16", "float"):
+        raise ValueError(f"[plan] activations must be 'int8', 'int16' or 'float', got {activations!r}")
     if (source is None) == (shape is None):
         raise ValueError("[plan] name either a source or a shape")
     given = _read_folder(source) if source is not None else _make_shape(str(shape), dense=method in SCHEMES)

@@ -27,7 +27,36 @@ def t16_from_document(trits: np.ndarray) -> np.ndarray:
     return (codes << (2 * np.arange(4, dtype=np.uint8))).sum(axis=-1, dtype=np.uint8).ravel()
 
 
-DOCUMENTS = {"hf_packed": hf_packed_from_document, "t16": t16_from_document}
+def t20_tiles(codes: np.ndarray) -> np.ndarray:
+    """Codes [rows, 5 planes, columns of a plane] as tiles of one segment: [panels, tiles * 64]."""
+    rows, _, plane_cols = codes.shape
+    padded = np.ones((-(-rows // 16) * 16, 5, plane_cols), np.uint8)
+    padded[:rows] = codes
+    values = (padded * np.array([1, 3, 9, 27, 81], np.uint8)[:, None]).sum(axis=1, dtype=np.uint8)
+    # [panel, row, tile, column in tile] -> [panel, tile, row, column in tile]
+    return values.reshape(-1, 16, plane_cols // 4, 4).transpose(0, 2, 1, 3).reshape(len(padded) // 16, -1)
+
+
+def t20_from_document(trits: np.ndarray, group_size: int = 0) -> np.ndarray:
+    rows, cols = trits.shape
+    codes = (trits + 1).astype(np.uint8)
+    if group_size == 0:
+        plane_cols = 4 * -(-cols // 20)
+        padded = np.ones((rows, 5 * plane_cols), np.uint8)
+        padded[:, :cols] = codes
+        return t20_tiles(padded.reshape(rows, 5, plane_cols)).ravel()
+    whole = cols // group_size // 5 * 5 * group_size
+    parts = [
+        t20_tiles(codes[:, begin : begin + 5 * group_size].reshape(rows, 5, group_size))
+        for begin in range(0, whole, 5 * group_size)
+    ]
+    if whole < cols:
+        parts.append(t16_from_document(trits[:, whole:]).reshape(-(-rows // 16), -1))
+    return np.concatenate(parts, axis=1).ravel()
+
+
+DOCUMENTS = {"hf_packed": hf_packed_from_document, "t16": t16_from_document, "t20": t20_from_document}
+ZEROS = {"hf_packed": 0x55, "t16": 0x55, "t20": 121}
 
 
 @pytest.mark.parametrize("layout", DOCUMENTS)
@@ -47,9 +76,24 @@ def test_hf_packed_example_of_transformers() -> None:
     np.testing.assert_array_equal(formats.unpack(data, "hf_packed", 8, 2), expected)
 
 
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("cols", [1, 64, 320, 321, 640, 1000, 1344])
+def test_t20_bytes_with_groups(cols: int, group_size: int) -> None:
+    trits = np.random.default_rng(cols).integers(-1, 2, (20, cols)).astype(np.int8)
+    data = formats.pack(trits, "t20", group_size=group_size)
+    np.testing.assert_array_equal(data, t20_from_document(trits, group_size))
+    assert data.size == formats.layout_bytes("t20", 20, cols, group_size=group_size)
+    np.testing.assert_array_equal(formats.unpack(data, "t20", 20, cols, group_size=group_size), trits)
+
+
+def test_t20_takes_a_fifth_less() -> None:
+    assert formats.layout_bytes("t20", 2560, 6912) == 2560 // 16 * 346 * 64
+    assert formats.layout_bytes("t20", 2560, 2560, group_size=128) * 5 == formats.layout_bytes("t16", 2560, 2560) * 4
+
+
 @pytest.mark.parametrize("layout", DOCUMENTS)
-def test_zeros_are_0x55(layout: str) -> None:
-    assert set(formats.pack(np.zeros((16, 16), np.int8), layout)) == {0x55}
+def test_bytes_of_zeros(layout: str) -> None:
+    assert set(formats.pack(np.zeros((16, 16), np.int8), layout)) == {ZEROS[layout]}
 
 
 @pytest.mark.parametrize("layout", DOCUMENTS)
@@ -59,7 +103,7 @@ def test_values_that_are_no_trits_are_refused(layout: str) -> None:
     with pytest.raises(ValueError, match="got 2 at row 2, column 3"):
         formats.pack(trits, layout)
     data = np.full(formats.layout_bytes(layout, 4, 5), 0xFF, np.uint8)
-    with pytest.raises(FormatError, match="3"):
+    with pytest.raises(FormatError, match="255" if layout == "t20" else "3"):
         formats.unpack(data, layout, 4, 5)
 
 
@@ -80,6 +124,27 @@ def test_repacking_keeps_every_trit_and_scale(rows: int, cols: int) -> None:
         assert tiles.layout == "t16"
         np.testing.assert_array_equal(tiles.data, t16_from_document(trits))
         np.testing.assert_array_equal(tiles.effective_scales, scales)
+        dense = _core.kernels.repack(tensor, "t20", threads=threads)
+        assert dense.layout == "t20"
+        np.testing.assert_array_equal(dense.data, t20_from_document(trits))
+        np.testing.assert_array_equal(dense.effective_scales, scales)
+
+
+@pytest.mark.parametrize("exact_in_half", [True, False])
+@pytest.mark.parametrize("cols", [64, 400, 704])
+def test_group_scales_survive_every_layout(cols: int, exact_in_half: bool) -> None:
+    rows, groups = 36, -(-cols // 64)
+    trits = np.random.default_rng(7).integers(-1, 2, (rows, cols)).astype(np.int8)
+    scales = np.random.default_rng(8).uniform(0.1, 1, (rows, groups)).astype(np.float32)
+    if exact_in_half:
+        scales = scales.astype(np.float16).astype(np.float32)
+    tensor = formats.PackedTensor(
+        "hf_packed", rows, cols, formats.pack(trits, "hf_packed"), scale_kind="group", group_size=64, scales=scales
+    )
+    for layout in ("t16", "t20"):
+        tiles = _core.kernels.repack(tensor, layout)
+        np.testing.assert_array_equal(tiles.effective_scales, scales)
+        np.testing.assert_array_equal(formats.unpack(tiles.data, layout, rows, cols, group_size=64), trits)
 
 
 def test_repacking_refuses_code_3() -> None:

@@ -25,11 +25,17 @@ def packed(
 ) -> tuple[_core.formats.PackedTensor, np.ndarray]:
     rows, cols = trits.shape
     scales = made_scales(kind, rows, cols, group_size)
-    data = _core.formats.pack(trits, layout)
+    keywords = {"group_size": group_size} if kind == "group" else {}
+    data = _core.formats.pack(trits, layout, **keywords)
     tensor = _core.formats.PackedTensor(
         layout, rows, cols, data, scale_kind=kind, group_size=group_size if kind == "group" else 0, scales=scales
     )
     return tensor, scales
+
+
+@pytest.fixture(params=["t16", "t20"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def dense(trits: np.ndarray, scales: np.ndarray, kind: str, group_size: int) -> np.ndarray:
@@ -53,9 +59,9 @@ def quantized(x: np.ndarray, activations: str = "int8") -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_integer_sums_are_exact(target: str, rows: int, cols: int) -> None:
+def test_integer_sums_are_exact(target: str, layout: str, rows: int, cols: int) -> None:
     trits = made_trits(rows, cols)
-    tensor, _ = packed(trits)
+    tensor, _ = packed(trits, layout=layout)
     random = np.random.default_rng(1).integers(-128, 128, (3, cols))
     for codes in (random, np.full((1, cols), 127), np.full((1, cols), -128)):
         expected = codes.astype(np.int64) @ trits.T.astype(np.int64)
@@ -65,32 +71,32 @@ def test_integer_sums_are_exact(target: str, rows: int, cols: int) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("code", [127, -128])
 @pytest.mark.parametrize("cols", [256, 6912, 28672])
-def test_long_rows_of_extremes_do_not_saturate(target: str, cols: int, code: int, sign: int) -> None:
-    tensor, _ = packed(np.full((4, cols), sign, np.int8))
+def test_long_rows_of_extremes_do_not_saturate(target: str, layout: str, cols: int, code: int, sign: int) -> None:
+    tensor, _ = packed(np.full((4, cols), sign, np.int8), layout=layout)
     sums = _core.kernels.ternary_dot(np.full((1, cols), code, np.int8), tensor)
     np.testing.assert_array_equal(sums, np.full((1, 4), cols * code * sign))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64), ("group", 128)])
 @pytest.mark.parametrize("activations", MAX_CODES)
-def test_integer_linear_is_the_contract(target: str, activations: str, kind: str, group_size: int, tokens: int) -> None:
-    rows, cols = 36, 300
+def test_integer_linear_is_the_contract(target: str, layout: str, activations: str, kind: str, group_size: int) -> None:
+    rows, cols = 36, 1 + 11 * group_size // 2
     trits = made_trits(rows, cols)
-    tensor, scales = packed(trits, kind, group_size)
-    x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
+    tensor, scales = packed(trits, kind, group_size, layout)
+    x = np.random.default_rng(2).normal(size=(max(TOKENS), cols)).astype(np.float32)
     codes, act_scale = quantized(x, activations)
     expected = codes.astype(np.float64) @ dense(trits, scales, kind, group_size).T / act_scale[:, None]
-    actual = _core.kernels.linear(x, tensor, activations=activations)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    for tokens in TOKENS:
+        actual = _core.kernels.linear(x[:tokens], tensor, activations=activations)
+        np.testing.assert_allclose(actual, expected[:tokens], rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 @pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64), ("group", 256)])
-def test_float_linear_is_the_product(target: str, kind: str, group_size: int, tokens: int) -> None:
+def test_float_linear_is_the_product(target: str, layout: str, kind: str, group_size: int, tokens: int) -> None:
     rows, cols = 20, 333
     trits = made_trits(rows, cols)
-    tensor, scales = packed(trits, kind, group_size)
+    tensor, scales = packed(trits, kind, group_size, layout)
     x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
     expected = x.astype(np.float64) @ dense(trits, scales, kind, group_size).T
     actual = _core.kernels.linear(x, tensor, activations="float")
@@ -99,27 +105,28 @@ def test_float_linear_is_the_product(target: str, kind: str, group_size: int, to
 
 @pytest.mark.parametrize("activations", ["int8", "int16", "float"])
 @pytest.mark.parametrize(("kind", "group_size"), [("tensor", 64), ("row", 64), ("group", 64)])
-def test_every_target_gives_the_same_bits(kind: str, group_size: int, activations: str) -> None:
-    tensor, _ = packed(made_trits(36, 300), kind, group_size)
-    x = np.random.default_rng(4).normal(size=(11, 300)).astype(np.float32)
+def test_every_target_and_layout_gives_the_same_bits(kind: str, group_size: int, activations: str) -> None:
+    tensors = [packed(made_trits(36, 700), kind, group_size, layout)[0] for layout in ("t16", "t20")]
+    x = np.random.default_rng(4).normal(size=(11, 700)).astype(np.float32)
     previous = _core.simd.active_target()
     try:
         results = {}
         for name in _core.simd.supported_targets():
             _core.simd.use_target(name)
-            parts = [_core.kernels.linear(part, tensor, activations=activations) for part in (x, x[:1], x[1:4])]
-            results[name] = np.concatenate(parts)
+            for tensor in tensors:
+                parts = [_core.kernels.linear(part, tensor, activations=activations) for part in (x, x[:1], x[1:4])]
+                results[name, tensor.layout] = np.concatenate(parts)
     finally:
         _core.simd.use_target(previous)
     first = next(iter(results.values()))
     for name, result in results.items():
-        np.testing.assert_array_equal(result, first, err_msg=name)
+        np.testing.assert_array_equal(result, first, err_msg=str(name))
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16", "float"])
-def test_tokens_and_threads_do_not_change_a_bit(target: str, activations: str) -> None:
-    tensor, _ = packed(made_trits(100, 200), "group", 64)
-    x = np.random.default_rng(5).normal(size=(13, 200)).astype(np.float32)
+def test_tokens_and_threads_do_not_change_a_bit(target: str, layout: str, activations: str) -> None:
+    tensor, _ = packed(made_trits(100, 400), "group", 64, layout)
+    x = np.random.default_rng(5).normal(size=(13, 400)).astype(np.float32)
     whole = _core.kernels.linear(x, tensor, activations=activations)
     single = np.concatenate([_core.kernels.linear(row[None], tensor, activations=activations) for row in x])
     np.testing.assert_array_equal(whole, single)
@@ -149,9 +156,9 @@ def test_ties_become_even(target: str) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("cols", [5120, 28672, 65520])
-def test_long_rows_of_the_largest_int16_codes(target: str, cols: int, sign: int) -> None:
+def test_long_rows_of_the_largest_int16_codes(target: str, layout: str, cols: int, sign: int) -> None:
     """One activation of either sign fixes the scale at 1; the sum comes near the end of 32 bits."""
-    tensor, _ = packed(np.full((4, cols), sign, np.int8))
+    tensor, _ = packed(np.full((4, cols), sign, np.int8), layout=layout)
     x = np.full((3, cols), MAX_CODES["int16"], np.float32)
     x[1] *= -1
     x[2, ::2] *= -1

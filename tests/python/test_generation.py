@@ -67,6 +67,22 @@ def test_activations_are_what_the_checkpoint_says(tmp_path: Path, name: str) -> 
     assert TernaryModel.from_pretrained(tmp_path).transformer.activations == expected
 
 
+@pytest.mark.parametrize("activations", ["int8", "int16", "float"])
+@pytest.mark.parametrize("name", ["llama rows", "llama groups", "bitnet divide"])
+def test_layouts_give_the_same_bits(tmp_path: Path, name: str, activations: Any) -> None:
+    made_models.write_folder(tmp_path, CONFIGS[name] | {"hidden_size": 720, "intermediate_size": 360})
+    models = [
+        TernaryModel.from_pretrained(tmp_path, activations=activations, layout=layout)
+        for layout in ("auto", "t16", "t20")
+    ]
+    assert [model.layout for model in models] == ["t16", "t16", "t20"]  # so small that nothing is measured
+    expected = models[0].logits(PROMPT)
+    for model in models[1:]:
+        assert np.array_equal(model.logits(PROMPT), expected)
+    with pytest.raises(ValueError, match="auto, t16 or t20, got 't18'"):
+        TernaryModel.from_pretrained(tmp_path, layout="t18")  # type: ignore[arg-type]
+
+
 def test_shards_give_the_same_bits(tmp_path: Path, model: TernaryModel) -> None:
     config = made_models.llama_config()
     folder = made_models.write_shards(tmp_path / "sharded", config, made_models.make_tensors(config))

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// From exact integer sums of codes to scaled floats: shared by the ternary GEMV and GEMM.
+
+#if defined(TERNARYFORGE_KERNELS_EPILOGUE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TERNARYFORGE_KERNELS_EPILOGUE_INL_H_
+#undef TERNARYFORGE_KERNELS_EPILOGUE_INL_H_
+#else
+#define TERNARYFORGE_KERNELS_EPILOGUE_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <hwy/highway.h>
+
+#include "formats/packed_tensor.h"
+#include "formats/t16.h"
+#include "kernels/quantize_acts.h"
+#include "simd/float-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tf::HWY_NAMESPACE {
+
+// Tensor and row scales count as one group that spans all columns. Multiplications and additions
+// are separate (never fused) and in the order of the groups, so that every target gives the same
+// bits.
+class Epilogue {
+ public:
+  Epilogue(const PackedTensor& weight, const QuantizedActs& acts)
+      : weight_(weight),
+        acts_(acts),
+        scales_(weight.panel_scales()),
+        groups_(weight.scales().PerRow(weight.cols())),
+        group_chunks_(weight.scales().kind == ScaleKind::kGroup
+                          ? weight.scales().group_size / kChunkCols
+                          : ChunkCount(weight.cols())) {}
+
+  // totals[row] += scale * (sum of the row's codes - sum of the group's activations), for 16 rows
+  // of a panel and one token. lane_sums: 16 sums for each lane of the token, `lane_stride` apart.
+  HWY_INLINE void AddGroup(size_t panel, size_t group, size_t token, const int32_t* lane_sums,
+                           size_t lane_stride, float* totals) const {
+    const hn::Rebind<uint32_t, PartTag> du32;
+    const hn::Rebind<int32_t, PartTag> d32;
+    const auto act_sum = hn::Set(du32, ActSum(group, token));
+    const Lanes scales = LoadScales(panel, group);
+    for (size_t p = 0; p < kParts; ++p) {
+      // The codes are trit + 1, so every sum is too large by the sum of its activations. Unsigned,
+      // because parts may leave 32 bits where the result does not: |code| <= 32639, and CheckCols.
+      const int32_t* from = lane_sums + p * kPartLanes;
+      auto sums = hn::BitCast(du32, hn::LoadU(d32, from));
+      if (acts_.lanes_per_token == 2) {
+        const auto low = hn::BitCast(du32, hn::LoadU(d32, from + lane_stride));
+        sums = hn::Add(hn::ShiftLeft<8>(sums), low);
+      }
+      const auto exact = hn::ConvertTo(PartTag(), hn::BitCast(d32, hn::Sub(sums, act_sum)));
+      float* to = totals + p * kPartLanes;
+      hn::StoreU(hn::Add(hn::LoadU(PartTag(), to), hn::Mul(exact, scales.part[p])), PartTag(), to);
+    }
+  }
+
+  // Writes the rows of a panel that exist to out[panel * 16 ..].
+  HWY_INLINE void Store(size_t panel, size_t token, const float* totals, float* out) const {
+    const size_t rows = std::min(kPanelRows, weight_.rows() - panel * kPanelRows);
+    StoreFirst(Div(Load(totals), Broadcast(acts_.scales[token])), out + panel * kPanelRows, rows);
+  }
+
+ private:
+  HWY_INLINE Lanes LoadScales(size_t panel, size_t group) const {
+    if (scales_ == nullptr) return Broadcast(weight_.scales().effective[0]);
+    const size_t first = (panel * groups_ + group) * kPanelRows;
+    if (scales_->half() != nullptr)
+      return Load(reinterpret_cast<const F16*>(scales_->half() + first));
+    return Load(scales_->single() + first);
+  }
+
+  // Sums of the activations of a group, modulo 2^32.
+  HWY_INLINE uint32_t ActSum(size_t group, size_t token) const {
+    const uint32_t* sums = acts_.prefix_sums + token * acts_.prefix_stride;
+    const size_t end = std::min((group + 1) * group_chunks_, ChunkCount(weight_.cols()));
+    return sums[end] - sums[group * group_chunks_];
+  }
+
+  const PackedTensor& weight_;
+  const QuantizedActs& acts_;
+  const PanelScales* scales_;
+  size_t groups_;
+  size_t group_chunks_;
+};
+
+}  // namespace tf::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // TERNARYFORGE_KERNELS_EPILOGUE_INL_H_
