@@ -179,10 +179,12 @@ class CheckpointWriter:
         """Writes a JSON file into the folder."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def copy_file(self, source: Path) -> None:
-        """Copies a file into the folder under its own name."""
-        with self._explained(source.name):
-            shutil.copyfile(source, self._folder / source.name)
+    def copy_file(self, source: Path, name: str | None = None) -> None:
+        """Copies a file into the folder, under its own name unless `name` gives its path there."""
+        name = name or source.name
+        with self._explained(name):
+            (self._folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, self._folder / name)
 
     def _planned(self, name: str) -> TensorPlan:
         if name not in self._missing:

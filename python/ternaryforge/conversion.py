@@ -4,16 +4,17 @@
     report = convert("llama", "llama-ternary")                          # plain transformers loads it
     report = convert("llama", "out", scale="group", group_size=64)      # finer scales, for this library
 
-Linear layers become trits and scales; embeddings, head and norms keep their bytes.
+Linear layers become trits and scales; norms keep their bytes, and so do embeddings and head unless
+they are ternary as they stand (with row or group scales).
 What lies in the folder is described in docs/reference/formats.md.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +24,29 @@ from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.families.base import Part
 from ternaryforge.memory import PeakAnonymous
 from ternaryforge.quantization import Quantization, ScaleKind
 from ternaryforge.report import Report
-from ternaryforge.weights import load_weights, scale_name
+from ternaryforge.rounding import (
+    SCALES,
+    RoundingOptions,
+    Scheme,
+    check_options,
+    latent_rules,
+    relative_error,
+    rounded_shapes,
+    row_ranges,
+    scale_text,
+    zero_fraction,
+)
+from ternaryforge.weights import load_weights, packed_rows, scale_name
 
-Scheme = Literal["ls", "absmean", "absmax", "twn"]
 Progress = Callable[[int, int, str], None]
 
-SCHEMES: tuple[Scheme, ...] = ("ls", "absmean", "absmax", "twn")
-SCALES: tuple[ScaleKind, ...] = ("tensor", "row", "group")
 COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """What is copied beside the weights: texts need it, or a licence asks for it."""
 
@@ -45,7 +56,6 @@ ROUNDED = (
 )
 """The warning for dense weights that are rounded."""
 _FINEST_GROUP = 64
-_CHUNK_WEIGHTS = 1 << 20  # handled at once where a tensor is read or measured in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,8 @@ def convert(
         progress: Called after each tensor with the bytes done, all bytes, and the tensor's name.
 
     Weights that are ternary already are kept exactly, whatever the scheme; a folder that is
-    quantised already is copied. Scales are exact in 16 bits, so that every export is lossless.
+    quantised already is copied; latents whose model has a rule of its own (Ternary-Core) are rounded
+    by that rule, with scale="tensor". Other scales are exact in 16 bits, so that every export is lossless.
 
     Raises FormatError for a source that is malformed, unsupported, or cannot be kept exactly as
     asked (the text names the fix), ValueError for wrong options, FileExistsError and other OSError.
@@ -153,28 +164,18 @@ def convert(
         peak_anonymous_bytes=memory.growth,
         seconds=time.perf_counter() - started,
         already_ternary=tuple(linear.name for linear in linears if linear.already_ternary),
-        warnings=_warnings(quantization, linears),
+        warnings=_warnings(quantization, linears, trained=bool(architecture.rules)),
         linears=linears,
     )
 
 
-def _warnings(quantization: Quantization | None, linears: tuple[LinearConversion, ...]) -> tuple[str, ...]:
+def _warnings(
+    quantization: Quantization | None, linears: tuple[LinearConversion, ...], *, trained: bool
+) -> tuple[str, ...]:
     """Dense weights that were rounded and neither trained nor calibrated for it."""
-    if quantization is not None or all(linear.already_ternary for linear in linears):
+    if quantization is not None or trained or all(linear.already_ternary for linear in linears):
         return ()
     return (ROUNDED,)
-
-
-def check_options(scheme: str, scale: str, group_size: int, threads: int) -> None:
-    """Raises ValueError for what `convert` does not know."""
-    if scheme not in SCHEMES:
-        raise ValueError(f"[convert] scheme is one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if scale not in SCALES:
-        raise ValueError(f"[convert] scale is one of {', '.join(SCALES)}, got {scale!r}")
-    if scale == "group" and (group_size < 64 or group_size % 64):
-        raise ValueError(f"[convert] group_size is a positive multiple of 64, got {group_size}")
-    if threads < 1:
-        raise ValueError(f"[convert] threads is at least 1, got {threads}")
 
 
 def _check_kept(quantization: Quantization, scale: str, group_size: int, where: str) -> None:
@@ -185,66 +186,8 @@ def _check_kept(quantization: Quantization, scale: str, group_size: int, where: 
     ):
         raise FormatError(
             f"[convert] '{where}': the weights are quantised already and are only copied: "
-            f"use {_text(quantization.scale, quantization.group_size)}"
+            f"use {scale_text(quantization.scale, quantization.group_size)}"
         )
-
-
-def _text(scale: str, group_size: int) -> str:
-    return f"scale='{scale}'" + (f", group_size={group_size}" if scale == "group" else "")
-
-
-@dataclass(frozen=True, slots=True)
-class RoundingOptions:
-    """How weights are rounded; see `convert`."""
-
-    scheme: Scheme
-    scale: ScaleKind
-    group_size: int
-    threads: int
-
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """The shape of the scales of a linear layer."""
-        match self.scale:
-            case "tensor":
-                return (1,)
-            case "row":
-                return (rows,)
-            case "group":
-                return (rows, -(-cols // self.group_size))
-
-    def check_latents(self, quantization: Quantization | None, where: str) -> None:
-        """Refuses any other rounding than the one that latents of training were made for."""
-        if quantization is not None and (self.scheme, self.scale) != ("absmean", "tensor"):
-            raise FormatError(
-                f"[convert] '{where}': these weights were trained to be rounded by absmean per tensor "
-                "(quantization_mode 'online'): use scheme='absmean', scale='tensor'"
-            )
-
-    def rounded_tensors(self, tensors: Iterable[TensorPlan], shapes: Mapping[str, tuple[int, int]]) -> list[TensorPlan]:
-        """The tensors of the result: those of the source, but codes and scales for linear layers of `shapes`."""
-        plan = [tensor for tensor in tensors if tensor.name not in shapes]
-        for name, (rows, cols) in shapes.items():
-            plan.append(TensorPlan(name, "U8", (rows // 4, cols)))
-            plan.append(TensorPlan(scale_name(name), "F32", self.scale_shape(rows, cols)))
-        return plan
-
-
-def rounded_shapes(architecture: Architecture, where: str) -> dict[str, tuple[int, int]]:
-    """The linear layers that `convert` rounds, by tensor. Raises FormatError where one cannot be packed."""
-    rounds = architecture.is_linear if architecture.quantization is None else architecture.is_ternary
-    shapes = {}
-    for slot, shape in architecture.spec.slots().items():
-        if not rounds(slot):
-            continue
-        name = architecture.tensor_names[slot]
-        if shape[0] % 4:
-            raise FormatError(
-                f"[convert] '{where}': tensor '{name}' has {shape[0]} rows; "
-                "four rows share a byte, so the number of rows must be a multiple of 4: "
-                "this model cannot be stored as a ternary checkpoint"
-            )
-        shapes[name] = shape
-    return shapes
 
 
 class _Copy:
@@ -255,8 +198,12 @@ class _Copy:
         self._architecture = architecture
         # For its checks of every tensor; latents of training are plain floats here.
         quantization = architecture.quantization
-        online = quantization is not None and quantization.online
-        load_weights(checkpoint, replace(architecture, quantization=None) if online else architecture)
+        online = quantization is None or quantization.online
+        load_weights(checkpoint, replace(architecture, quantization=None, rules={}) if online else architecture)
+        self._stored_rows = {
+            architecture.tensor_names[slot]: architecture.parts.get(slot, Part(0, rows)).total
+            for slot, (rows, _) in architecture.spec.slots().items()
+        }
         self.linears: list[LinearConversion] = []
         self.ternary_bytes = 0
 
@@ -275,7 +222,7 @@ class _Copy:
             for pattern in COMPANION_FILES:
                 for file in sorted(checkpoint.path.glob(pattern)):
                     if file.is_file():
-                        writer.copy_file(file)
+                        writer.copy_file(file, str(file.relative_to(checkpoint.path)))
         return writer.file_bytes
 
     def _plan(self) -> list[TensorPlan]:
@@ -290,9 +237,10 @@ class _Copy:
         info = self._checkpoint.info(name)
         if info.dtype != "U8":
             return
-        rows, cols = 4 * info.shape[0], info.shape[1]
+        rows, cols = self._stored_rows[name], info.shape[1]
         codes = np.frombuffer(self._checkpoint.raw(name), np.uint8)
         zeros = sum(int(np.count_nonzero((codes >> shift & 3) == 1)) for shift in (0, 2, 4, 6))
+        zeros -= (4 * info.shape[0] - rows) * cols  # what fills the last rows of bytes
         self.linears.append(LinearConversion(name, rows, cols, True, 0.0, zeros / (rows * cols)))
         self.ternary_bytes += info.nbytes + self._checkpoint.info(scale_name(name)).nbytes
 
@@ -301,10 +249,38 @@ class _Rounding(_Copy):
     """Writes a checkpoint with floats in its linear layers as a ternary one."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, options: RoundingOptions) -> None:
-        options.check_latents(architecture.quantization, str(checkpoint.path / "config.json"))
+        options.check_latents(architecture, str(checkpoint.path / "config.json"))
         super().__init__(checkpoint, architecture)
         self._options = options
-        self._shapes = rounded_shapes(architecture, str(checkpoint.path))
+        self._rules = latent_rules(architecture)
+        self._shapes = rounded_shapes(architecture, options, str(checkpoint.path))
+        self._tables: dict[str, str] = {}
+        for slot in ("embedding", "head"):
+            name = architecture.tensor_names.get(slot, "")
+            if name and options.may_keep_tables(architecture) and self._is_ternary_table(name):
+                self._tables[slot] = name
+                self._shapes[name] = checkpoint.info(name).shape[0], checkpoint.info(name).shape[1]
+
+    def _is_ternary_table(self, name: str) -> bool:
+        """Whether embeddings or a head are ternary as they stand, and the scales asked for can keep them."""
+        return all(self._find(part) is not None for part in self._parts(name))
+
+    def _find(self, part: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
+        """Trits, and scales in the shape of the options, of rows that are ternary as they stand."""
+        options = self._options
+        found = _core.quant.find_ternary(part, group_size=options.group_size, threads=options.threads)
+        if found is None or SCALES.index(found[0]) > SCALES.index(options.scale):
+            return None
+        kind, trits, scales = found
+        shape = options.scale_shape(*part.shape)
+        if len(shape) == 2 and kind != "group":
+            scales = scales[:, None]
+        return trits, np.ascontiguousarray(np.broadcast_to(scales, shape))
+
+    def _parts(self, name: str) -> Iterator[NDArray[np.float32]]:
+        rows, cols = self._checkpoint.info(name).shape
+        for chunk in row_ranges(rows, cols):
+            yield self._checkpoint.read_float32(name, rows=chunk)
 
     def _plan(self) -> list[TensorPlan]:
         return self._options.rounded_tensors(super()._plan(), self._shapes)
@@ -313,8 +289,10 @@ class _Rounding(_Copy):
         quantization = self._architecture.quantization
         trained = self._architecture.family == "bitnet" or quantization is not None
         kept = None if quantization is None else quantization.excluded
-        if self._options.scale == "tensor":
-            fields: dict[str, Any] = {
+        if self._rules:
+            fields: dict[str, Any] = {"quant_method": "ternaryforge", "scale": "tensor", "activation_bits": None}
+        elif self._options.scale == "tensor":
+            fields = {
                 "quant_method": "bitnet",
                 "linear_class": "bitlinear",
                 "quantization_mode": "offline",
@@ -324,6 +302,9 @@ class _Rounding(_Copy):
             if self._options.scale == "group":
                 fields["group_size"] = self._options.group_size
             fields["activation_bits"] = 8 if trained else 16
+        if "embedding" in self._tables or self._architecture.tensor_names["embedding"] in self._rules:
+            fields["ternary_embeddings"] = True
+        kept = () if self._rules or "head" in self._tables else kept
         fields["modules_to_not_convert"] = ["lm_head"] if kept is None else list(kept)
         writer.write_json("config.json", {**self._checkpoint.config, "quantization_config": fields})
 
@@ -332,11 +313,21 @@ class _Rounding(_Copy):
             writer.write(name, self._checkpoint.raw(name))
             return
         rows, cols = self._shapes[name]
-        weights = self._read(name)
         where = f"[convert] '{self._checkpoint.info(name).file}': tensor '{name}'"
-        trits, scales, already = self._round(weights, where)
-        stored = scales
-        if self._options.scale == "tensor":
+        if name in self._tables.values():
+            found = [part for part in map(self._find, self._parts(name)) if part is not None]
+            trits, scales = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            self._write_trits(writer, name, trits, scales)
+            self.linears.append(LinearConversion(name, rows, cols, True, 0.0, zero_fraction(trits)))
+            return
+        weights = self._read(name)
+        if name in self._rules:
+            trits, scales = self._rules[name].round(lambda first, last: weights[first:last], (rows, cols))
+            already, stored = False, scales
+        else:
+            trits, scales, already = self._round(weights, where)
+            stored = scales
+        if self._options.scale == "tensor" and not self._rules:
             with np.errstate(over="ignore"):
                 stored = np.float32(1) / scales
             if not np.isfinite(stored[0]):
@@ -345,13 +336,21 @@ class _Rounding(_Copy):
                     "store: use scale='row'"
                 )
             scales = np.float32(1) / stored
-        codes = _core.formats.pack(trits, "hf_packed")
-        writer.write(name, codes.reshape(rows // 4, cols))
-        writer.write(scale_name(name), stored)
-        self.ternary_bytes += codes.nbytes + stored.nbytes
+        self._write_trits(writer, name, trits, stored)
         error = relative_error(weights, trits, scales, self._options.group_size)
-        zeros = 1 - int(np.count_nonzero(trits)) / trits.size
-        self.linears.append(LinearConversion(name, rows, cols, already, error, zeros))
+        self.linears.append(LinearConversion(name, rows, cols, already, error, zero_fraction(trits)))
+
+    def _write_trits(
+        self, writer: CheckpointWriter, name: str, trits: NDArray[np.int8], scales: NDArray[np.float32]
+    ) -> None:
+        rows, cols = trits.shape
+        byte_rows = packed_rows(rows)
+        if rows % 4:
+            trits = np.concatenate([trits, np.zeros((4 * byte_rows - rows, cols), np.int8)])
+        codes = _core.formats.pack(trits, "hf_packed")
+        writer.write(name, codes.reshape(byte_rows, cols))
+        writer.write(scale_name(name), scales)
+        self.ternary_bytes += codes.nbytes + scales.nbytes
 
     def _read(self, name: str) -> NDArray[np.float32]:
         """The weights as float32: mapped where the file holds just that, else read in parts."""
@@ -359,7 +358,7 @@ class _Rounding(_Copy):
         if info.dtype == "F32":
             return self._checkpoint.read_float32(name)
         weights = np.empty(info.shape, np.float32)
-        for begin, end in _row_chunks(*info.shape):
+        for begin, end in row_ranges(*info.shape):
             weights[begin:end] = self._checkpoint.read_float32(name, rows=(begin, end))
         return weights
 
@@ -394,35 +393,7 @@ class _Rounding(_Copy):
                 if _core.quant.find_ternary(weights, group_size=size, threads=options.threads):
                     raise FormatError(
                         f"{where} is ternary already, with one scale per {kind}, which "
-                        f"{_text(options.scale, options.group_size)} cannot keep: use {_text(kind, size)}"
+                        f"{scale_text(options.scale, options.group_size)} cannot keep: use {scale_text(kind, size)}"
                     )
             return None
-        _, trits, scales = found
-        shape = options.scale_shape(*weights.shape)
-        if len(shape) == 2 and kind != "group":
-            scales = scales[:, None]
-        return trits, np.ascontiguousarray(np.broadcast_to(scales, shape))
-
-
-def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_WEIGHTS // cols)
-    for begin in range(0, rows, step):
-        yield begin, min(rows, begin + step)
-
-
-def relative_error(
-    weights: NDArray[np.float32],
-    trits: NDArray[np.int8],
-    scales: NDArray[np.float32],
-    group_size: int,
-) -> float:
-    """|w - trit * scale|^2 / |w|^2, in parts; 0 for weights that are all zero."""
-    rows, cols = weights.shape
-    error = energy = 0.0
-    for begin, end in _row_chunks(rows, cols):
-        part = scales if scales.size == 1 else scales[begin:end]
-        per_weight = part[:, None] if part.ndim == 1 else part.repeat(group_size, axis=1)[:, :cols]
-        residual = weights[begin:end] - trits[begin:end] * per_weight
-        error += float(np.square(residual, dtype=np.float64).sum())
-        energy += float(np.square(weights[begin:end], dtype=np.float64).sum())
-    return error / energy if energy else 0.0
+        return self._find(weights)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ternaryforge import _core
-from ternaryforge.conversion import RoundingOptions, relative_error
 from ternaryforge.model import Activations
+from ternaryforge.rounding import RoundingOptions, relative_error
 from ternaryforge.shapes import random_codes
 
 _DECODE_SHAPE = (16384, 8192)  # 32 MB packed: more than most caches

@@ -19,7 +19,7 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import FLOAT_DTYPES, Checkpoint
 from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
-from ternaryforge.conversion import ROUNDED, SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
+from ternaryforge.conversion import ROUNDED
 from ternaryforge.expected_loss import ExpectedLoss, expected_loss
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.footprint import SCORED_TOKENS, Footprint, Memory, conversion_memory
@@ -28,6 +28,7 @@ from ternaryforge.memory import available_bytes
 from ternaryforge.model import Activations, default_activations
 from ternaryforge.quantization import Quantization, ScaleKind
 from ternaryforge.report import Report
+from ternaryforge.rounding import SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
 from ternaryforge.shapes import read_shape, stored_tensors
 from ternaryforge.sources import find_source
 from ternaryforge.weights import check_tensor_names
@@ -294,8 +295,8 @@ def _check_method(given: _Source, method: str | None) -> Scheme | None:
 
 def _converted(given: _Source, options: RoundingOptions) -> _Source:
     """What `convert` will make of it."""
-    options.check_latents(given.architecture.quantization, given.where)
-    shapes = rounded_shapes(given.architecture, given.where)
+    options.check_latents(given.architecture, given.where)
+    shapes = rounded_shapes(given.architecture, options, given.where)
     tensors = {tensor.name: tensor for tensor in options.rounded_tensors(given.tensors.values(), shapes)}
     trained = given.architecture.family == "bitnet" or given.architecture.quantization is not None
     quantization = Quantization(
@@ -314,7 +315,7 @@ def _converted(given: _Source, options: RoundingOptions) -> _Source:
 
 
 def _plan_conversion(given: _Source, options: RoundingOptions, file_bytes: int) -> PlannedStage:
-    shapes = rounded_shapes(given.architecture, given.where)
+    shapes = rounded_shapes(given.architecture, options, given.where)
     weights = sum(rows * cols for rows, cols in shapes.values())
     seconds = weights / measure_rounding_rate(options) + (given.file_bytes + file_bytes) / _CHECKED_BYTES_PER_SECOND
     float32 = all(given.tensors[name].dtype == "F32" for name in shapes)

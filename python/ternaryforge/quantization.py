@@ -29,6 +29,7 @@ _TERNARYFORGE_FIELDS = {
     "group_size",
     "activation_bits",
     "modules_to_not_convert",
+    "ternary_embeddings",
     "version",
 }
 
@@ -41,6 +42,7 @@ class Quantization:
     `activation_bits`: what the model was made for; None is floating point. `excluded` are the
     patterns of modules that stay dense, None for "the head alone". `strict`: every linear layer
     that is not excluded must be ternary (`bitnet`); otherwise its dtype tells (`ternaryforge`).
+    `ternary_embeddings`: the table of embeddings may be ternary too.
     """
 
     method: Literal["bitnet", "ternaryforge"]
@@ -51,6 +53,7 @@ class Quantization:
     activation_bits: int | None
     excluded: tuple[str, ...] | None
     strict: bool
+    ternary_embeddings: bool = False
 
     def keeps_dense(self, module: str) -> bool:
         """Whether a module such as `model.layers.0.mlp.up_proj` is excluded, as transformers reads it.
@@ -133,6 +136,7 @@ def _parse_ternaryforge(fields: dict[str, Any], where: str) -> Quantization:
         activation_bits=activation_bits,
         excluded=_excluded(fields, where),
         strict=False,
+        ternary_embeddings=_flag(fields, "ternary_embeddings", where),
     )
 
 
@@ -143,6 +147,13 @@ def _refuse_unknown(fields: dict[str, Any], known: set[str], where: str) -> None
                 f"[config] '{where}': quantization_config.{name} = {value!r} is not known; it might "
                 "change the mathematics. Remove the field if it does not"
             )
+
+
+def _flag(fields: dict[str, Any], name: str, where: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise FormatError(f"[config] '{where}': quantization_config.{name} must be true or false, got {value!r}")
+    return bool(value)
 
 
 def _one_of(fields: dict[str, Any], name: str, values: tuple[str, ...], where: str) -> Any:

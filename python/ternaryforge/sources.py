@@ -8,6 +8,8 @@ from pathlib import Path
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Never pickles: these are all that is read.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+# Folders hold other forms of the model; only additional_chat_templates belongs to this one.
+_HUB_IGNORED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
 def find_source(source: str | os.PathLike[str], *, download: bool = True) -> Path:
@@ -31,7 +33,7 @@ def find_source(source: str | os.PathLike[str], *, download: bool = True) -> Pat
             revision=revision or None,
             local_files_only=not download,
             allow_patterns=_HUB_PATTERNS,
-            ignore_patterns=["*/*"],
+            ignore_patterns=_HUB_IGNORED,
         )
     except Exception as error:
         if not download:

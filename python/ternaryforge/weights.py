@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of a checkpoint folder as the weights of the core: every one checked, none copied.
 
-Only latents of quantisation-aware training (`quantization_mode: online`) become new arrays.
+Copies are made only of what the core cannot read in place: latents of quantisation-aware training,
+packed parts of tensors that hold several layers, rows in another order.
 """
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +17,18 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from ternaryforge.families import Architecture
-from ternaryforge.quantization import Quantization
+from ternaryforge.families.base import Part
+from ternaryforge.latents import LatentRule, row_chunks
+from ternaryforge.quantization import Convention, Quantization, ScaleKind
 
 # Buffers that older checkpoints stored and that follow from the configuration.
 _IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _CHUNK_ELEMENTS = 1 << 22
-_LATENT_FLOOR = 1e-5  # of the mean magnitude, as in transformers
+# A scale this large is read by the wrong convention where its reciprocal suits the layer: trained
+# layers have scales near 1 / sqrt(columns), far below 1 / 16.
+_LARGE_SCALE = 16.0
+_PLAUSIBLE_GAIN = (1 / 30, 30.0)  # scale * sqrt(columns), of the reciprocal
+_ONLINE = LatentRule("absmean")
 
 
 def load_weights(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, _core.formats.PackedTensor]:
@@ -28,38 +36,14 @@ def load_weights(checkpoint: Checkpoint, architecture: Architecture) -> dict[str
 
     Raises FormatError that names file and tensor: a missing, unknown or misshapen tensor, a dtype
     that does not fit the quantisation, a row count that cannot be packed, NaN or infinity, a code
-    that is no trit.
+    that is no trit, scales that were meant for the other convention.
     """
     check_tensor_names(checkpoint, architecture)
-    weights = {}
-    for slot, (rows, cols) in architecture.spec.slots().items():
-        name = architecture.tensor_names[slot]
-        quantization = architecture.quantization
-        if quantization is None or not architecture.is_ternary(slot):
-            if quantization is not None and architecture.is_ternary(slot.removesuffix("_bias")):
-                _check_bias(checkpoint.info(name), quantization)
-            weights[slot] = _dense(checkpoint, name, rows, cols)
-        elif slot == "head" and (quantization.strict or checkpoint.info(name).dtype == "U8"):
-            raise FormatError(
-                f"[model] '{checkpoint.path}': a ternary head ('{name}') is not supported; keep it "
-                "dense and list 'lm_head' in modules_to_not_convert"
-            )
-        elif quantization.online:
-            weights[slot] = _from_latents(checkpoint, name, rows, cols)
-        elif not quantization.strict and checkpoint.info(name).dtype in FLOAT_DTYPES:
-            weights[slot] = _dense(checkpoint, name, rows, cols)
-        else:
-            weights[slot] = _packed(checkpoint, name, rows, cols, quantization)
+    loader = _Loader(checkpoint, architecture)
+    weights = {slot: loader.load(slot, *shape) for slot, shape in architecture.spec.slots().items()}
+    if architecture.quantization is not None and architecture.quantization.strict:
+        _check_convention(checkpoint, weights, architecture.quantization)
     return weights
-
-
-def _check_bias(info: TensorInfo, quantization: Quantization) -> None:
-    """Refuses a bias that transformers multiplies by the scale of the weights, which no one means."""
-    if quantization.strict and quantization.convention == "multiply" and not quantization.online:
-        raise FormatError(
-            f"[model] '{info.file}': the bias '{info.name}' of a packed 'autobitlinear' layer is not supported; "
-            "store the model with linear_class 'bitlinear'"
-        )
 
 
 def scale_name(name: str) -> str:
@@ -67,10 +51,16 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".weight_scale"
 
 
+def packed_rows(rows: int) -> int:
+    """Rows of bytes for `rows` rows of codes; where four do not divide them, the last codes are zeros."""
+    return -(-rows // 4)
+
+
 def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raises FormatError for a tensor that is missing, and for one that no part of the model takes."""
-    for name in architecture.tensor_names.values():
-        checkpoint.info(name)
+    for slot, name in architecture.tensor_names.items():
+        if slot not in architecture.optional:
+            checkpoint.info(name)
     known = set(architecture.tensor_names.values())
     for slot, name in architecture.tensor_names.items():
         if architecture.is_ternary(slot):
@@ -86,6 +76,200 @@ def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> No
         raise FormatError(
             f"[model] '{info.file}': tensor '{name}' is no part of {architecture.architecture} "
             "as config.json describes it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """A whole tensor as codes, of which slots take rows."""
+
+    layout: Literal["t16", "int8"]
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    scale_kind: ScaleKind
+    group_size: int
+    convention: Convention
+
+    def rows(self, chosen: NDArray[np.int64] | slice) -> _core.formats.PackedTensor:
+        codes = np.ascontiguousarray(self.codes[chosen])
+        scales = self.scales if self.scale_kind == "tensor" else np.ascontiguousarray(self.scales[chosen])
+        rows, cols = codes.shape
+        return _core.formats.PackedTensor(
+            self.layout,
+            rows,
+            cols,
+            _core.formats.pack(codes, "t16") if self.layout == "t16" else codes,
+            scale_kind=self.scale_kind,
+            group_size=self.group_size,
+            convention=self.convention,
+            scales=scales.reshape(-1),
+        )
+
+
+class _Loader:
+    """Slots one after the other; keeps the last tensor decoded, since neighbours share it."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._last: _Codes | None = None
+        self._last_key = ""
+
+    def load(self, slot: str, rows: int, cols: int) -> _core.formats.PackedTensor:
+        """The weight of one slot, in whichever form the file holds it."""
+        checkpoint, architecture = self._checkpoint, self._architecture
+        name, quantization = architecture.tensor_names[slot], architecture.quantization
+        if slot in architecture.optional and name not in checkpoint:
+            return _core.formats.PackedTensor("f32", rows, cols, np.zeros((rows, cols), np.float32))
+        info = checkpoint.info(name)
+        if architecture.is_ternary(slot) and quantization is not None and not quantization.online:
+            if slot == "head" and quantization.strict:
+                raise FormatError(
+                    f"[model] '{checkpoint.path}': a ternary head ('{name}') is not supported in a 'bitnet' "
+                    "checkpoint; keep it dense and list 'lm_head' in modules_to_not_convert"
+                )
+            if info.dtype == "U8" or quantization.strict:
+                return self._packed(slot, info, rows, cols, quantization)
+        rule = architecture.rules.get(slot)
+        if rule is None and quantization is not None and quantization.online and architecture.is_ternary(slot):
+            rule = _ONLINE
+        if rule is not None:
+            return self._from_latents(slot, info, rows, cols, rule)
+        if quantization is not None and architecture.is_ternary(slot.removesuffix("_bias")):
+            _check_bias(info, quantization)
+        return self._dense(slot, info, rows, cols)
+
+    def _chosen(self, slot: str, rows: int) -> NDArray[np.int64] | slice:
+        """The rows of a tensor that a slot takes, neighbours of a rotation brought into halves."""
+        first = self._architecture.parts.get(slot, Part(0, rows)).first
+        head = self._architecture.pairs.get(slot)
+        if head is None:
+            return slice(first, first + rows)
+        return first + np.arange(rows).reshape(-1, head // 2, 2).transpose(0, 2, 1).reshape(-1)
+
+    def _stored_rows(self, slot: str, rows: int) -> int:
+        return self._architecture.parts.get(slot, Part(0, rows)).total
+
+    def _dense(self, slot: str, info: TensorInfo, rows: int, cols: int) -> _core.formats.PackedTensor:
+        if info.dtype not in FLOAT_DTYPES:
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has dtype {info.dtype}, expected floating point "
+                f"({', '.join(FLOAT_DTYPES)}); a packed tensor needs a quantization_config that covers it"
+            )
+        # A vector is a norm or a bias: one row for the core.
+        vector = len(info.shape) == 1 and rows == 1
+        size = self._stored_rows(slot, cols if vector else rows)
+        _check_shape(info, (size,) if vector else (size, cols))
+        stored = self._checkpoint.read(info.name)
+        chosen = self._chosen(slot, cols if vector else rows)
+        part = stored[chosen]
+        _check_finite(info, part)
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        return _core.formats.PackedTensor(info.dtype.lower(), rows, cols, data)
+
+    def _packed(
+        self, slot: str, info: TensorInfo, rows: int, cols: int, quantization: Quantization
+    ) -> _core.formats.PackedTensor:
+        stored_rows = self._stored_rows(slot, rows)
+        if info.dtype in FLOAT_DTYPES and scale_name(info.name) in self._checkpoint:
+            _check_shape(info, (stored_rows, cols))
+            return self._unpacked(info, quantization).rows(self._chosen(slot, rows))
+        if info.dtype != "U8":
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has dtype {info.dtype}, expected U8 (packed "
+                "ternary codes); list its module in modules_to_not_convert if it is dense"
+            )
+        if stored_rows % 4 and quantization.strict:
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has {rows} rows; packed weights need a multiple "
+                "of 4: keep this layer dense"
+            )
+        byte_rows = packed_rows(stored_rows)
+        _check_shape(info, (byte_rows, cols), f": four of the {stored_rows} rows in a byte")
+        raw = self._checkpoint.raw(info.name)
+        if not _core.formats.hf_packed_is_valid(np.frombuffer(raw, np.uint8)):
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' holds the code 3, which is no trit; "
+                "the checkpoint is damaged or in another format"
+            )
+        chosen = self._chosen(slot, rows)
+        if chosen == slice(0, stored_rows) and stored_rows % 4 == 0:
+            return _core.formats.PackedTensor(
+                "hf_packed",
+                rows,
+                cols,
+                raw,
+                scale_kind=quantization.scale,
+                group_size=quantization.group_size,
+                convention=quantization.convention,
+                scales=_read_scales(self._checkpoint, info.name, rows, cols, quantization).reshape(-1),
+            )
+
+        def decode() -> _Codes:
+            codes = _core.formats.unpack(np.frombuffer(raw, np.uint8), "hf_packed", 4 * byte_rows, cols)
+            return self._ternary(info.name, codes[:stored_rows], quantization)
+
+        return self._codes(info.name, decode).rows(chosen)
+
+    def _unpacked(self, info: TensorInfo, quantization: Quantization) -> _Codes:
+        """Trits stored as floats beside their scale, as transformers saves an `autobitlinear` model again."""
+        stored_rows, cols = info.shape
+
+        def decode() -> _Codes:
+            codes = np.empty((stored_rows, cols), np.int8)
+            for begin, part in row_chunks(self._reader(info), (stored_rows, cols)):
+                trits = codes[begin : begin + len(part)]
+                trits[:] = np.sign(part)
+                if not np.array_equal(trits, part):
+                    raise FormatError(
+                        f"[model] '{info.file}': tensor '{info.name}' has a '{scale_name(info.name)}' beside it and "
+                        "must hold -1, 0 and 1 only; if it holds latents of training, set quantization_mode to "
+                        "'online' and remove the scale"
+                    )
+            return self._ternary(info.name, codes, quantization)
+
+        return self._codes(info.name, decode)
+
+    def _ternary(self, name: str, codes: NDArray[np.int8], quantization: Quantization) -> _Codes:
+        scales = _read_scales(self._checkpoint, name, codes.shape[0], codes.shape[1], quantization)
+        return _Codes("t16", codes, scales, quantization.scale, quantization.group_size, quantization.convention)
+
+    def _from_latents(
+        self, slot: str, info: TensorInfo, rows: int, cols: int, rule: LatentRule
+    ) -> _core.formats.PackedTensor:
+        if info.dtype not in FLOAT_DTYPES:
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has dtype {info.dtype}, expected floating point "
+                "latents, as quantization_mode 'online' or the family says"
+            )
+        stored_rows = self._stored_rows(slot, rows)
+        _check_shape(info, (stored_rows, cols))
+
+        def decode() -> _Codes:
+            _check_finite(info, self._checkpoint.read(info.name))
+            codes, scales = rule.round(self._reader(info), (stored_rows, cols))
+            kind: ScaleKind = "row" if rule.kind == "int8" else "tensor"
+            convention: Convention = "divide" if rule.kind == "absmean" else "multiply"
+            return _Codes("int8" if rule.kind == "int8" else "t16", codes, scales, kind, 0, convention)
+
+        # Another rule for the same tensor (a head tied to embeddings) is another decoding.
+        return self._codes(f"{info.name} by {rule}", decode).rows(self._chosen(slot, rows))
+
+    def _reader(self, info: TensorInfo) -> Callable[[int, int], NDArray[np.float32]]:
+        return lambda first, last: self._checkpoint.read_float32(info.name, rows=(first, last))
+
+    def _codes(self, key: str, decode: Callable[[], _Codes]) -> _Codes:
+        if self._last is None or self._last_key != key:
+            self._last_key, self._last = key, decode()
+        return self._last
+
+
+def _check_bias(info: TensorInfo, quantization: Quantization) -> None:
+    """Refuses a bias that transformers multiplies by the scale of the weights, which no one means."""
+    if quantization.strict and quantization.convention == "multiply" and not quantization.online:
+        raise FormatError(
+            f"[model] '{info.file}': the bias '{info.name}' of a packed 'autobitlinear' layer is not supported; "
+            "store the model with linear_class 'bitlinear'"
         )
 
 
@@ -108,19 +292,6 @@ def _check_shape(info: TensorInfo, expected: tuple[int, ...], rule: str = "") ->
         )
 
 
-def _dense(checkpoint: Checkpoint, name: str, rows: int, cols: int) -> _core.formats.PackedTensor:
-    info = checkpoint.info(name)
-    if info.dtype not in FLOAT_DTYPES:
-        raise FormatError(
-            f"[model] '{info.file}': tensor '{name}' has dtype {info.dtype}, expected floating point "
-            f"({', '.join(FLOAT_DTYPES)}); a packed tensor needs a quantization_config that covers it"
-        )
-    # A vector is a norm or a bias: one row for the core.
-    _check_shape(info, (cols,) if len(info.shape) == 1 and rows == 1 else (rows, cols))
-    _check_finite(info, checkpoint.read(name))
-    return _core.formats.PackedTensor(info.dtype.lower(), rows, cols, checkpoint.raw(name))
-
-
 def _check_finite(info: TensorInfo, stored: NDArray[Any]) -> None:
     """Refuses NaN and infinity: all exponent bits are set."""
     exponent = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[info.dtype]
@@ -131,39 +302,6 @@ def _check_finite(info: TensorInfo, stored: NDArray[Any]) -> None:
             raise FormatError(
                 f"[model] '{info.file}': tensor '{info.name}' holds NaN or infinity; the checkpoint is damaged"
             )
-
-
-def _packed(
-    checkpoint: Checkpoint, name: str, rows: int, cols: int, quantization: Quantization
-) -> _core.formats.PackedTensor:
-    info = checkpoint.info(name)
-    if info.dtype != "U8":
-        raise FormatError(
-            f"[model] '{info.file}': tensor '{name}' has dtype {info.dtype}, expected U8 (packed "
-            "ternary codes); list its module in modules_to_not_convert if it is dense"
-        )
-    if rows % 4:
-        raise FormatError(
-            f"[model] '{info.file}': tensor '{name}' has {rows} rows; packed weights need a multiple "
-            "of 4: keep this layer dense"
-        )
-    _check_shape(info, (rows // 4, cols), f": four of the {rows} rows in a byte")
-    codes = np.frombuffer(checkpoint.raw(name), np.uint8)
-    if not _core.formats.hf_packed_is_valid(codes):
-        raise FormatError(
-            f"[model] '{info.file}': tensor '{name}' holds the code 3, which is no trit; "
-            "the checkpoint is damaged or in another format"
-        )
-    return _core.formats.PackedTensor(
-        "hf_packed",
-        rows,
-        cols,
-        checkpoint.raw(name),
-        scale_kind=quantization.scale,
-        group_size=quantization.group_size,
-        convention=quantization.convention,
-        scales=_read_scales(checkpoint, name, rows, cols, quantization),
-    )
 
 
 def _read_scales(
@@ -179,7 +317,7 @@ def _read_scales(
             _check_shape(info, (rows,))
         case "group":
             _check_shape(info, (rows, -(-cols // quantization.group_size)))
-    scales = checkpoint.read_float32(name).reshape(-1)
+    scales = checkpoint.read_float32(name).reshape(info.shape or 1)
     usable = np.isfinite(scales)
     if quantization.convention == "divide":
         usable &= np.abs(scales) > 1 / np.finfo(np.float32).max  # so that 1 / scale is finite
@@ -191,35 +329,26 @@ def _read_scales(
     return scales
 
 
-def _from_latents(checkpoint: Checkpoint, name: str, rows: int, cols: int) -> _core.formats.PackedTensor:
-    """Codes are round(w / s) in -1 .. 1 with s = max(mean |w|, 1e-5), all in float32."""
-    info = checkpoint.info(name)
-    if info.dtype not in FLOAT_DTYPES:
-        raise FormatError(
-            f"[model] '{info.file}': tensor '{name}' has dtype {info.dtype}, expected floating point "
-            "latents, as quantization_mode 'online' says"
-        )
-    _check_shape(info, (rows, cols))
-    _check_finite(info, checkpoint.read(name))
-    total = sum(float(np.abs(part).sum(dtype=np.float64)) for _, part in _row_chunks(checkpoint, info))
-    scale = np.float32(1) / np.maximum(np.float32(total / (rows * cols)), np.float32(_LATENT_FLOOR))
-    trits = np.empty((rows, cols), np.int8)
-    for begin, part in _row_chunks(checkpoint, info):
-        rounded = np.clip(np.rint(part * scale), -1, 1)
-        trits[begin : begin + len(part)] = rounded
-    return _core.formats.PackedTensor(
-        "t16",
-        rows,
-        cols,
-        _core.formats.pack(trits, "t16"),
-        scale_kind="tensor",
-        convention="divide",
-        scales=np.array([scale], np.float32),
+def _check_convention(
+    checkpoint: Checkpoint, weights: dict[str, _core.formats.PackedTensor], quantization: Quantization
+) -> None:
+    """Refuses scales that are huge as they are read and usual when read by the other convention.
+
+    The median over all packed layers decides, so that one odd layer does not.
+    """
+    packed = [tensor for tensor in weights.values() if tensor.scale_kind == "tensor"]
+    if not packed or quantization.online:
+        return
+    scales = np.array([abs(tensor.effective_scales[0]) for tensor in packed], np.float64)
+    gains = np.sqrt([tensor.cols for tensor in packed]) / np.maximum(scales, np.finfo(np.float64).tiny)
+    scale, gain = float(np.median(scales)), float(np.median(gains))
+    if scale < _LARGE_SCALE or not _PLAUSIBLE_GAIN[0] <= gain <= _PLAUSIBLE_GAIN[1]:
+        return
+    used, other = (
+        ("bitlinear", "autobitlinear") if quantization.convention == "divide" else ("autobitlinear", "bitlinear")
     )
-
-
-def _row_chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    rows, cols = info.shape
-    step = max(1, _CHUNK_ELEMENTS // cols)
-    for begin in range(0, rows, step):
-        yield begin, checkpoint.read_float32(info.name, rows=(begin, min(rows, begin + step)))
+    raise FormatError(
+        f"[model] '{checkpoint.path / 'config.json'}': read as linear_class {used!r} says, the weights have a scale of "
+        f"{scale:.4g} (median), and of {1 / scale:.4g} as linear_class {other!r} would read it, which is usual; set "
+        f"quantization_config.linear_class to {other!r}"
+    )

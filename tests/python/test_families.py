@@ -308,7 +308,8 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({UP: ("F32", np.ones((28, 24), np.float32))}, f"'{UP}' has dtype F32, expected U8"),
+        ({UP: ("I8", np.ones((28, 24)))}, f"'{UP}' has dtype I8, expected U8"),
+        ({UP: ("F32", np.full((28, 24), 0.5))}, rf"'{UP}' has a '{UP}_scale' beside it and must hold -1, 0 and 1"),
         ({UP: ("U8", PACKED[:6])}, rf"'{UP}' has shape \[6, 24\], expected \[7, 24\]: four of the 28 rows"),
         ({UP: ("U8", INVALID)}, f"'{UP}' holds the code 3"),
         ({UP + "_scale": ("F32", np.zeros(1))}, "'model.layers.0.mlp.up_proj.weight_scale' holds the unusable scale 0"),

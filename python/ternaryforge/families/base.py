@@ -10,6 +10,7 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.families.fields import Activation, Fields
 from ternaryforge.families.rope import Rotation, read_rotation
+from ternaryforge.latents import LatentRule
 from ternaryforge.quantization import Quantization, parse_quantization
 
 LINEAR_SLOTS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -35,11 +36,22 @@ TENSORS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a tensor that holds several slots: the first of them, and how many the tensor has."""
+
+    first: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One model as its config.json describes it.
 
     `tensor_names` maps each slot of `spec.slots()` to the tensor of the checkpoint folder.
-    `eos_ids` are the end tokens of the configuration.
+    `eos_ids` are the end tokens of the configuration. What few families have: `parts` are slots
+    that are rows of a tensor which others share; `rules` say how float latents become weights;
+    `pairs` are slots whose rows (or values) rotate as neighbours within heads of the size given,
+    and are put into halves at load; `optional` are vectors that are zero where the file has none.
     """
 
     family: str
@@ -49,6 +61,10 @@ class Architecture:
     tied_head: bool
     quantization: Quantization | None
     eos_ids: tuple[int, ...]
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    rules: Mapping[str, LatentRule] = field(default_factory=dict)
+    pairs: Mapping[str, int] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     def module_of(self, slot: str) -> str:
         """The module that holds a slot, e.g. `model.layers.0.mlp.up_proj`."""
@@ -60,6 +76,8 @@ class Architecture:
 
     def is_ternary(self, slot: str) -> bool:
         """Whether the configuration promises ternary weights for a slot (or allows them)."""
+        if slot == "embedding":
+            return self.quantization is not None and self.quantization.ternary_embeddings
         if self.quantization is None or not (self.is_linear(slot) or slot == "head"):
             return False
         return not self.quantization.keeps_dense(self.module_of(slot))
@@ -94,6 +112,7 @@ class Family:
     that `details` (of the fields and the number of layers) and `rotation` (of the fields, the size
     of a head and the window) take beside the common ones; `neutral` adds fields that are accepted
     only at the values given. `quantization` is the quantization_config of files without one.
+    `fused` are slots of a layer that lie in one tensor, one behind the other.
     """
 
     name: str
@@ -107,6 +126,7 @@ class Family:
     details: Callable[[Fields, int], Details] = _plain_details
     rotation: Callable[[Fields, int, int], Rotation] = _one_rotation
     quantization: Mapping[str, Any] | None = None
+    fused: Sequence[Sequence[str]] = ()
 
     def read(self, config: dict[str, Any], *, where: str) -> Architecture:
         """Checks every field of a config.json and builds the specification."""
@@ -140,6 +160,7 @@ class Family:
             tied_head=tied_head,
             quantization=parse_quantization(quantized, where=where),
             eos_ids=fields.token_ids("eos_token_id"),
+            parts=find_parts(spec, self.fused),
         )
 
     def _layer(self, fields: Fields, details: Details, window: int) -> _core.model.LayerSpec:
@@ -169,9 +190,24 @@ class Family:
         )
 
     def _tensor_name(self, slot: str) -> str:
+        """The tensor of a slot; biases stand beside the weights."""
         found = re.fullmatch(r"layers\.(\d+)\.(\w+)", slot)
         if found is None:
             return self.tensors[slot]
         part = found[2].removesuffix("_bias")
         name = self.tensors["layers." + part].format(i=found[1])
         return name if part == found[2] else name.removesuffix("weight") + "bias"
+
+
+def find_parts(spec: _core.model.ModelSpec, groups: Sequence[Sequence[str]]) -> dict[str, Part]:
+    """Where slots lie in tensors that hold several: each group of a layer in its order, biases too."""
+    slots, parts = spec.slots(), {}
+    layers = [slot.removesuffix("attention_norm") for slot in slots if slot.endswith(".attention_norm")]
+    for layer in layers:
+        for group in groups:
+            for suffix in ("", "_bias"):
+                names = [layer + name + suffix for name in group if layer + name + suffix in slots]
+                sizes = [slots[name][1 if suffix else 0] for name in names]
+                for i, name in enumerate(names):
+                    parts[name] = Part(sum(sizes[:i]), sum(sizes))
+    return parts
