@@ -29,15 +29,17 @@ class LatentRule:
     | kind | code | weight |
     |---|---|---|
     | absmean | round(w / m) in -1 .. 1 | code * m |
+    | round | round(w / m) in -1 .. 1 | code * m |
     | threshold | sign(w) where abs(w) > 0.7 m, else 0 | code * m |
     | sign | sign(w); 0 stays 0 | code * m |
     | int8 | round(w * 127 / max of the row) | code * max / 127 |
 
+    absmean is what transformers computes, reciprocals and floor included; round has them not.
     `rooted` divides the scale by the root of the number of columns. Only int8 has a scale per row,
     and it neither clamps nor is rooted.
     """
 
-    kind: Literal["absmean", "threshold", "sign", "int8"]
+    kind: Literal["absmean", "round", "threshold", "sign", "int8"]
     clamp: float | None = None
     rooted: bool = False
 
@@ -57,7 +59,8 @@ class LatentRule:
         mean = np.maximum(mean, np.float32(_MEAN_FLOOR))
         least = np.float32(_THRESHOLD * float(mean)) if self.kind == "threshold" else np.float32(0)
         for begin, part in self._chunks(read, shape):
-            codes[begin : begin + len(part)] = np.sign(part) * (np.abs(part) > least)
+            rounded = np.clip(np.rint(part / mean), -1, 1) if self.kind == "round" else np.sign(part)
+            codes[begin : begin + len(part)] = rounded * (np.abs(part) > least)
         scale = float(mean) / (cols**0.5 if self.rooted else 1.0)
         return codes, np.array([scale], np.float32)
 

@@ -193,7 +193,7 @@ class _Loader:
                 "the checkpoint is damaged or in another format"
             )
         chosen = self._chosen(slot, rows)
-        if chosen == slice(0, stored_rows) and stored_rows % 4 == 0:
+        if isinstance(chosen, slice) and chosen == slice(0, stored_rows) and stored_rows % 4 == 0:
             return _core.formats.PackedTensor(
                 "hf_packed",
                 rows,

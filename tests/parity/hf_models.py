@@ -34,6 +34,8 @@ CONFIGS = {
     "gemma": "GemmaConfig",
     "gemma2": "Gemma2Config",
     "gemma3": "Gemma3TextConfig",
+    "phi": "PhiConfig",
+    "phi3": "Phi3Config",
 }
 
 
@@ -56,6 +58,8 @@ def make_config(family: str, **changes: Any) -> Any:
     } | changes
     if family == "bitnet":
         fields.setdefault("hidden_act", "relu2")
+    if family == "phi":
+        fields["layer_norm_eps"] = fields.pop("rms_norm_eps")
     return getattr(transformers, CONFIGS[family])(**fields)
 
 
@@ -71,7 +75,7 @@ def make_model(config: Any, *, seed: int = 0, spread: float = 1.0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name == "model.norm.weight":
+            if name in {"model.norm.weight", "model.final_layernorm.weight"}:
                 parameter.copy_(noise - offset)
             elif name.endswith(".bias"):
                 parameter.copy_(0.3 * noise)
@@ -80,7 +84,7 @@ def make_model(config: Any, *, seed: int = 0, spread: float = 1.0) -> Any:
             elif "embed_tokens" in name:
                 parameter.copy_(noise / scale)
             else:
-                last = name.endswith(("o_proj.weight", "down_proj.weight"))
+                last = name.endswith(("o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight"))
                 parameter.copy_(noise * (spread if last else 1.0) / parameter.shape[1] ** 0.5)
     return model
 

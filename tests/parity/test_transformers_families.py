@@ -28,6 +28,7 @@ from ternaryforge import TernaryModel
 
 LENGTHS = (1, 7, 150)
 GQA: dict[str, Any] = {"hidden_size": 78, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22}
+HEADS: dict[str, Any] = {"hidden_size": 120, "num_attention_heads": 6, "num_key_value_heads": 2}
 THETA = {"rope_theta": 5000.0}
 ROTATIONS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -103,13 +104,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"sliding_window": 17, "layer_types": [FULL, SLIDING, FULL], "final_logit_softcapping": 1.5}
         | {"rope_parameters": {FULL: THETA | ROTATIONS["linear"], SLIDING: THETA}},
     ),
+    "phi": ("phi", HEADS),
+    "phi exact gelu, tied": ("phi", {"hidden_act": "gelu", "tie_word_embeddings": True}),
+    "phi relu, half of each head linear": (
+        "phi",
+        HEADS
+        | {"hidden_act": "relu"}
+        | {"rope_parameters": THETA | ROTATIONS["linear"] | {"partial_rotary_factor": 0.4}},
+    ),
+    "phi3": ("phi3", HEADS),
+    "phi3 window, part of each head": (
+        "phi3",
+        HEADS
+        | {"sliding_window": 13, "rope_parameters": THETA | {"rope_type": "default", "partial_rotary_factor": 0.8}},
+    ),
+    "phi3 tied": ("phi3", {"tie_word_embeddings": True}),
 }
 
 
 def compare(folder: Path, family: str, changes: dict[str, Any]) -> None:
     """Logits and greedy text of a random model in both libraries."""
     config = make_config(family, **changes)
-    model = make_model(config, seed=1, spread=2.0 if config.tie_word_embeddings else 1.0)
+    spread = 2.0 if config.tie_word_embeddings else 0.4 if family == "phi" else 1.0  # plain ReLU adds its mean
+    model = make_model(config, seed=1, spread=spread)
     model.save_pretrained(folder)
     ours, theirs = TernaryModel.from_pretrained(folder), load_float32(folder)
     for count in LENGTHS:

@@ -89,6 +89,9 @@ def test_stock_folder(tmp_path: Path, dtype: str) -> None:
     (source / "generation_config.json").write_text('{"temperature": 0.5}')
     (source / "LICENSE").write_text("free")
     (source / "notes.txt").write_text("not for the copy")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/rag.jinja").write_text("{{ documents }}")
+    (source / "additional_chat_templates/notes.txt").write_text("not for the copy")
     report = convert(source, tmp_path / "out")
     before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     assert after.config == before.config | {
@@ -121,7 +124,8 @@ def test_stock_folder(tmp_path: Path, dtype: str) -> None:
         assert left <= best * (1 + 1e-5)  # 16-bit scales cost next to nothing
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"}
-    assert copied == kept | {"config.json", "model.safetensors"}
+    assert copied == kept | {"config.json", "model.safetensors", "additional_chat_templates"}
+    assert nothing_left(tmp_path / "out/additional_chat_templates", "rag.jinja")
     assert nothing_left(tmp_path, "in", "out")
     assert report.tensors == 14
 
@@ -385,6 +389,9 @@ def test_rows_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"tensor '.*o_proj\.weight' has 18 rows.*multiple of 4"):
         convert(source, tmp_path / "out")
     assert nothing_left(tmp_path, "in")
+    convert(source, tmp_path / "out", scale="row")
+    folder = Checkpoint.open(tmp_path / "out")
+    assert folder.info("model.layers.0.self_attn.o_proj.weight").shape == (5, 24)  # the last byte row is half full
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:

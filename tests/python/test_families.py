@@ -46,7 +46,7 @@ def test_a_bitnet() -> None:
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    "name", ["bitnet-b1.58-2B-4T", "llama3-8b", "smollm2-135m", "bitllama-110M", "bitnet_b1_58-large"]
+    "name", ["bitnet-b1.58-2B-4T", "llama3-8b", "smollm2-135m", "smollm2-360m", "bitllama-110M", "bitnet_b1_58-large"]
 )
 def test_published_configurations(shared: Path, name: str) -> None:
     config = json.loads((shared / "data/configs" / f"{name}.config.json").read_text())
@@ -78,9 +78,11 @@ def test_accepted_drift(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"architectures": ["PhiForCausalLM"]}, "'PhiForCausalLM' is not supported; supported are Llama"),
+        ({"architectures": ["GPTJForCausalLM"]}, "'GPTJForCausalLM' is not supported; supported are Llama"),
         ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures must name one"),
-        ({"architectures": None, "model_type": "phi"}, "no supported architecture .model_type 'phi'"),
+        ({"architectures": None, "model_type": "gptj"}, "no supported architecture .model_type 'gptj'"),
+        ({"model_type": "prism_hadamard_qwen35"}, "model_type says that weights are rotated .Hadamard., which is not"),
+        ({"prism.hadamard.size": 1024}, "prism.hadamard.size says that weights are rotated"),
         ({"model_type": "mistral"}, "'mistral' does not belong to LlamaForCausalLM"),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ({"mlp_bias": "yes"}, "mlp_bias must be true or false"),
@@ -129,7 +131,7 @@ def test_accepted_drift(changes: dict[str, Any]) -> None:
         ({"quantization_config": BITNET | {"use_rms_norm": True}}, "use_rms_norm is not supported"),
         ({"quantization_config": BITNET | {"linear_class": "x"}}, "linear_class must be one of bitlinear"),
         ({"quantization_config": BITNET | {"quantization_mode": "online"}}, "'online' needs linear_class 'autob"),
-        ({"quantization_config": BITNET | {"rotation": "hadamard"}}, "quantization_config.rotation = 'hadamard'"),
+        ({"quantization_config": BITNET | {"rotation": "hadamard"}}, r"says that weights are rotated .Hadamard."),
         ({"quantization_config": BITNET | {"modules_to_not_convert": "lm_head"}}, "must be a list of names"),
         ({"quantization_config": BITNET | {"modules_to_not_convert": ["("]}}, "malformed pattern"),
         ({"quantization_config": {"quant_method": "ternaryforge", "scale": "block"}}, "scale must be one of tensor"),
@@ -350,6 +352,24 @@ def test_rows_that_cannot_be_packed(tmp_path: Path) -> None:
     tensors = made_models.make_tensors(made_models.bitnet_config())
     with pytest.raises(FormatError, match=r"gate_proj.weight' has 30 rows; packed weights need a multiple of 4"):
         load(made_models.write_folder(tmp_path, config, tensors))
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_scales_of_the_other_convention(tmp_path: Path, linear_class: str) -> None:
+    """Usual scales pass as stored, and are refused where config.json has them turned over."""
+    other = {"bitlinear": "autobitlinear", "autobitlinear": "bitlinear"}[linear_class]
+    sizes = {"hidden_size": 400, "head_dim": 100, "intermediate_size": 600}
+    config = made_models.bitnet_config(quantization_config=BITNET | {"linear_class": linear_class}, **sizes)
+    tensors = made_models.make_tensors(config)
+    for name, (_, scale) in tensors.items():
+        if name.endswith("weight_scale"):
+            scale[:] = 0.03 if linear_class == "autobitlinear" else 1 / 0.03
+    load(made_models.write_folder(tmp_path / "right", config, tensors))
+    config["quantization_config"] = BITNET | {"linear_class": other}
+    with pytest.raises(
+        FormatError, match=rf"have a scale of 33.*set quantization_config.linear_class to '{linear_class}'"
+    ):
+        load(made_models.write_folder(tmp_path / "wrong", config, tensors))
 
 
 def test_what_a_ternary_head_needs(tmp_path: Path) -> None:

@@ -306,6 +306,40 @@ def test_the_hub_is_asked_for_no_pickles(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any("bin" in pattern or "pt" in pattern for pattern in patterns)
 
 
+def test_which_files_of_the_hub_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    chosen: list[str] = []
+    wanted = {"config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    other = {"original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin", "gguf/x.json", "asr/x.json"}
+    made_models.write_folder(tmp_path, made_models.llama_config())
+
+    def download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None) -> str:
+        files = wanted | other
+        chosen.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert revision is None
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    TernaryModel.from_pretrained("org/name")
+    assert set(chosen) == wanted
+
+
+def test_a_cached_revision_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--org--name"
+    made_models.write_folder(cache / "snapshots" / commit, made_models.llama_config())
+    (cache / "refs").mkdir()
+    (cache / "refs/v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", None)  # would raise TypeError
+    for revision in ("v1", commit):
+        assert TernaryModel.from_pretrained(f"org/name@{revision}").path == cache / "snapshots" / commit
+    with pytest.raises(OSError, match="'org/name@v2' is no folder here and could not be fetched"):
+        TernaryModel.from_pretrained("org/name@v2")
+
+
 def test_logits_beyond_the_context(model: TernaryModel) -> None:
     assert model.logits([5] * 48).shape == (48, 263)
     with pytest.raises(ValueError, match="at most 48 tokens fit the context, got 49"):

@@ -7,21 +7,25 @@ from ternaryforge._core import FormatError
 from ternaryforge.families.base import LINEAR_SLOTS, Architecture, Family
 from ternaryforge.families.bitnet import BITNET
 from ternaryforge.families.bitnet_llama import BITNET_LLAMA
+from ternaryforge.families.fields import Fields
 from ternaryforge.families.gemma import GEMMA
 from ternaryforge.families.gemma2 import GEMMA2
 from ternaryforge.families.gemma3 import GEMMA3
 from ternaryforge.families.llama import LLAMA
 from ternaryforge.families.mistral import MISTRAL
+from ternaryforge.families.phi import PHI
+from ternaryforge.families.phi3 import PHI3
 from ternaryforge.families.qwen2 import QWEN2
 from ternaryforge.families.qwen3 import QWEN3
+from ternaryforge.families.ternary_core import is_ternary_core, read_ternary_core
 
-FAMILIES = (LLAMA, BITNET, BITNET_LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
+FAMILIES = (LLAMA, BITNET, BITNET_LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3)
 
 __all__ = ["FAMILIES", "LINEAR_SLOTS", "Architecture", "Family", "family_of", "read_architecture"]
 
 
 def family_of(config: dict[str, Any], *, where: str) -> Family:
-    """The family of a config.json, by `architectures`, or by `model_type` where that is absent.
+    """The family of a Hugging Face config.json, by `architectures`, or by `model_type` where that is absent.
 
     Raises FormatError that names the architecture and what is supported.
     """
@@ -56,4 +60,7 @@ def read_architecture(config: dict[str, Any], *, where: str) -> Architecture:
     Raises FormatError for a missing or malformed field, and by name for a field that is unknown or
     has a value whose mathematics is not implemented.
     """
+    Fields(config, where).refuse_rotated()
+    if is_ternary_core(config, where=where):
+        return read_ternary_core(config, where=where)
     return family_of(config, where=where).read(config, where=where)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model family is, and how its config.json becomes a `ModelSpec` with names of tensors."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +119,7 @@ class Family:
     defaults: Mapping[str, Any]
     activations: Mapping[str, Activation] = field(default_factory=lambda: {"silu": "silu"})
     activation_field: str = "hidden_act"
+    norm_field: str = "rms_norm_eps"
     tensors: Mapping[str, str] = field(default_factory=lambda: TENSORS)
     reads: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class Family:
                 vocab_size=fields.size("vocab_size"),
                 hidden_size=fields.size("hidden_size"),
                 context_length=fields.size("max_position_embeddings"),
-                norm_epsilon=fields.number("rms_norm_eps"),
+                norm_epsilon=fields.number(self.norm_field),
                 layers=[layers[window] for window in windows],
                 tied_head=tied_head,
                 **details.model,
@@ -191,12 +191,10 @@ class Family:
 
     def _tensor_name(self, slot: str) -> str:
         """The tensor of a slot; biases stand beside the weights."""
-        found = re.fullmatch(r"layers\.(\d+)\.(\w+)", slot)
-        if found is None:
-            return self.tensors[slot]
-        part = found[2].removesuffix("_bias")
-        name = self.tensors["layers." + part].format(i=found[1])
-        return name if part == found[2] else name.removesuffix("weight") + "bias"
+        layer, _, part = slot.rpartition(".")
+        template = self.tensors[("layers." if layer else "") + part.removesuffix("_bias")]
+        name = template.format(i=layer.removeprefix("layers."))
+        return name.removesuffix("weight") + "bias" if part.endswith("_bias") else name
 
 
 def find_parts(spec: _core.model.ModelSpec, groups: Sequence[Sequence[str]]) -> dict[str, Part]:

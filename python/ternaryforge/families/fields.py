@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ternaryforge._core import FormatError
 
-Activation = Literal["silu", "relu2", "gelu"]
+Activation = Literal["silu", "relu", "relu2", "gelu", "gelu_erf"]
 
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"}
 _READ = {
@@ -78,6 +78,14 @@ class Fields:
     def get(self, name: str) -> Any:
         """The value as it stands, None where it is absent."""
         return self._config.get(name)
+
+    def refuse_rotated(self) -> None:
+        """Refuses weights in a rotated basis: activations would have to be rotated at run time."""
+        for name, value in self._config.items():
+            if "hadamard" in f"{name} {value}".lower():
+                raise self.refusal(
+                    name, "says that weights are rotated (Hadamard), which is not supported; take a model without"
+                )
 
     def refuse_unknown(self, reads: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuses fields of a config.json that are neither read, nor harmless, nor at a neutral value."""

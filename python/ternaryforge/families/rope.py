@@ -35,21 +35,28 @@ class Rotation:
     scale: float = 1.0
 
 
-def read_rotation(fields: Fields, head_dim: int) -> Rotation:
+def read_rotation(fields: Fields, head_dim: int, *, partial: bool = False) -> Rotation:
     """The rotation of a whole model, from whichever of the fields carries it.
 
     The base is that of the object, else `rope_theta`. The original context of a scaling is the
-    field beside the object, else that in the object, else the context of the model.
+    field beside the object, else that in the object, else the context of the model. `partial`:
+    `head_dim` is the part of a head that partial_rotary_factor says.
     """
     rope, other = fields.object("rope_scaling"), fields.object("rope_parameters")
     if rope is not None and other is not None:
         raise fields.refusal("rope_scaling", "cannot stand beside rope_parameters")
     original = fields.optional_size(_ORIGINAL)
-    return make_rotation(rope or other, fields, head_dim, base_field="rope_theta", original=original)
+    return make_rotation(rope or other, fields, head_dim, base_field="rope_theta", original=original, partial=partial)
 
 
 def make_rotation(
-    rope: Fields | None, fields: Fields, head_dim: int, *, base_field: str, original: int | None = None
+    rope: Fields | None,
+    fields: Fields,
+    head_dim: int,
+    *,
+    base_field: str,
+    original: int | None = None,
+    partial: bool = False,
 ) -> Rotation:
     """The rotation of the object `rope` of a configuration, or the plain one.
 
@@ -64,7 +71,7 @@ def make_rotation(
     if not isinstance(kind, str) or kind not in _KINDS:
         raise rope.refusal(name, f"must be one of {', '.join(_KINDS)}")
     for key in rope.names():
-        neutral = key == "partial_rotary_factor" and rope.get(key) == 1
+        neutral = key == "partial_rotary_factor" and (partial or rope.get(key) == 1)
         if key not in _KINDS[kind] | {"rope_type", "type", "rope_theta"} and not neutral:
             raise rope.refusal(key, f"is not supported with the rotation {kind!r}")
     theta = rope.optional_number("rope_theta") or fields.number(base_field)
