@@ -52,10 +52,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     config = checkpoint.config
     warnings: list[str] = []
     context_length = quantization = head_bytes = None
+    architectures = config.get("architectures") or [config.get("model_type")]
     if config:
         try:
             architecture = read_architecture(config, where=str(path / "config.json"))
             context_length = architecture.spec.context_length
+            architectures = [architecture.architecture]
             if architecture.quantization is not None:
                 quantization = asdict(architecture.quantization)
             head_bytes = _head_bytes(checkpoint, architecture)
@@ -72,7 +74,6 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
                 warnings.append("There is no tokenizer: only token ids can be generated from.")
         except FormatError as error:
             warnings.append(str(error))
-    architectures = config.get("architectures") or [config.get("model_type")]
     version = config.get("transformers_version")
     return Inspection(
         path=str(path),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
+from ternaryforge.adapters import load_adapter
 from ternaryforge.chat_template import TURN_ENDS, ChatTemplate, Message
 from ternaryforge.checkpoint import Checkpoint, read_json
 from ternaryforge.evaluation import EvaluationResult, Protocol, evaluate
@@ -34,7 +35,8 @@ class TernaryModel:
     """A language model on the CPU. Make one with `from_pretrained` or `demo`.
 
     `architecture` is what config.json says, `tokenizer` is None where the folder holds none,
-    `transformer` is the compiled model, `path` the folder it came from.
+    `transformer` is the compiled model, `path` the folder it came from, `adapter` the source of the
+    LoRA adapter that it runs with, or None.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class TernaryModel:
         transformer: _core.model.Transformer,
         tokenizer: Tokenizer | None,
         eos_ids: Sequence[int],
+        adapter: str | None = None,
     ) -> None:
         self.path = path
         self.architecture = architecture
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
+        self.adapter = adapter
 
     @classmethod
     def from_pretrained(
@@ -62,6 +66,7 @@ class TernaryModel:
         kv: KvType = "f32",
         head: HeadMode = "exact",
         layout: Layout = "auto",
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
@@ -73,9 +78,10 @@ class TernaryModel:
         and "two-stage" chooses the tokens of the exact head, greedily or with `top_k`, at about the
         cost of "int6" (`transformer.head` says "exact" where it does not apply: docs/design/0009-head.md).
         `layout` of ternary weights in memory: "t16" (2 bits), "t20" (1.6 bits), or what a short
-        measurement finds faster; the results are the same. Raises FormatError for a checkpoint that
-        is malformed or not supported, ValueError for a head that cannot be quantized, OSError where
-        the checkpoint cannot be read.
+        measurement finds faster; the results are the same. `adapter`: a LoRA adapter as PEFT saves it,
+        in a folder or on the hub, to run beside the folder of a checkpoint. Raises FormatError for what
+        is malformed, not supported or does not fit, ValueError for a head that cannot be quantized,
+        OSError where it cannot be read.
         """
         if threads is not None and threads < 1:
             raise ValueError(f"[load] threads must be positive, got {threads}")
@@ -86,6 +92,8 @@ class TernaryModel:
         if head not in get_args(HeadMode):
             raise ValueError(f"[load] head must be one of {', '.join(get_args(HeadMode))}, got {head!r}")
         path = find_source(source)
+        if adapter is not None and path.is_file():
+            raise ValueError(f"[load] an adapter runs beside the folder of a checkpoint, and '{path}' is a file")
         if path.suffix == ".1bit":
             return cls._from_onebit(
                 path,
@@ -108,6 +116,7 @@ class TernaryModel:
             head=head,
             threads=threads or _core.parallel.default_threads(),
             layout=layout,
+            adapters={} if adapter is None else load_adapter(find_source(adapter), architecture),
         )
         return cls(
             path=path,
@@ -115,6 +124,7 @@ class TernaryModel:
             transformer=transformer,
             tokenizer=tokenizer,
             eos_ids=find_eos_ids(path, architecture, tokenizer),
+            adapter=None if adapter is None else os.fspath(adapter),
         )
 
     @classmethod
@@ -160,8 +170,9 @@ class TernaryModel:
 
     def __repr__(self) -> str:
         kind = "dense" if self.architecture.quantization is None else self.architecture.quantization.method
+        adapter = "" if self.adapter is None else f"adapter '{self.adapter}', "
         return (
-            f"TernaryModel('{self.path}': {self.architecture.architecture}, {kind}, "
+            f"TernaryModel('{self.path}': {self.architecture.architecture}, {kind}, {adapter}"
             f"{self.transformer.activations} activations, {self.transformer.threads} threads)"
         )
 

@@ -22,7 +22,7 @@ from ternaryforge.bpe_vocabulary import (
     byte_alphabet,
     is_tiktoken,
 )
-from ternaryforge.checkpoint import read_json
+from ternaryforge.checkpoint import read_json, read_text
 from ternaryforge.sentencepiece_model import SPACE, PieceType, SentencePieceModel
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Tokenizer:
         import tokenizers
 
         path = folder / JSON_FILE
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, limit=MAX_FILE_BYTES, what="tokenizer")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
             description: dict[str, Any] = json.loads(text)

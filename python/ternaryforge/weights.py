@@ -51,6 +51,15 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".weight_scale"
 
 
+def taken_rows(architecture: Architecture, slot: str, rows: int) -> NDArray[np.int64] | slice:
+    """The rows of its tensor that a slot takes, neighbours of a rotation brought into halves."""
+    first = architecture.parts.get(slot, Part(0, rows)).first
+    head = architecture.pairs.get(slot)
+    if head is None:
+        return slice(first, first + rows)
+    return first + np.arange(rows).reshape(-1, head // 2, 2).transpose(0, 2, 1).reshape(-1)
+
+
 def packed_rows(rows: int) -> int:
     """Rows of bytes for `rows` rows of codes; where four do not divide them, the last codes are zeros."""
     return -(-rows // 4)
@@ -140,12 +149,7 @@ class _Loader:
         return self._dense(slot, info, rows, cols)
 
     def _chosen(self, slot: str, rows: int) -> NDArray[np.int64] | slice:
-        """The rows of a tensor that a slot takes, neighbours of a rotation brought into halves."""
-        first = self._architecture.parts.get(slot, Part(0, rows)).first
-        head = self._architecture.pairs.get(slot)
-        if head is None:
-            return slice(first, first + rows)
-        return first + np.arange(rows).reshape(-1, head // 2, 2).transpose(0, 2, 1).reshape(-1)
+        return taken_rows(self._architecture, slot, rows)
 
     def _stored_rows(self, slot: str, rows: int) -> int:
         return self._architecture.parts.get(slot, Part(0, rows)).total

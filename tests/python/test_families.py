@@ -354,6 +354,15 @@ def test_rows_that_cannot_be_packed(tmp_path: Path) -> None:
         load(made_models.write_folder(tmp_path, config, tensors))
 
 
+@pytest.mark.parametrize("name", ["self_attn.attn_sub_norm", "mlp.ffn_sub_norm"])
+def test_missing_sub_norms(tmp_path: Path, name: str) -> None:
+    config = made_models.bitnet_config()
+    tensors = made_models.make_tensors(config)
+    del tensors[f"model.layers.1.{name}.weight"]
+    with pytest.raises(FormatError, match=rf"'model.layers.1.{name}.weight' is missing; the checkpoint is incomplete"):
+        load(made_models.write_folder(tmp_path, config, tensors))
+
+
 @pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
 def test_scales_of_the_other_convention(tmp_path: Path, linear_class: str) -> None:
     """Usual scales pass as stored, and are refused where config.json has them turned over."""

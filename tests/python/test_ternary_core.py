@@ -14,6 +14,7 @@ from test_families import read
 
 from ternaryforge import FormatError, TernaryModel, convert
 from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.inspection import inspect
 
 Floats = NDArray[np.float64]
 VOCABULARY, HIDDEN, FFN, LAYERS = 67, 36, 52, 3
@@ -183,6 +184,9 @@ def test_against_numpy(tmp_path: Path, name: str) -> None:
     after = TernaryModel.from_pretrained(tmp_path / "out")
     assert np.array_equal(after.logits(ids + text), model.logits(ids + text))
     assert not report.warnings
+    found = inspect(tmp_path / "out")
+    assert (found.arch, found.context_length) == ("Ternary-Core", 96)
+    assert found.warnings == ["There is no tokenizer: only token ids can be generated from."]
     ternary = {item.name for item in report.linears}
     stored = Checkpoint.open(tmp_path / "out")
     assert ternary == {name for name in stored if stored.info(name).dtype == "U8"}

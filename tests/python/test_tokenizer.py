@@ -252,3 +252,14 @@ def test_malformed_tokenizer_json(tmp_path: Path, content: str, text: str) -> No
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
+    """Never read with replacement characters: a token would have another text."""
+    made_models.write_tokenizer(tmp_path)
+    content = (tmp_path / name).read_bytes() if (tmp_path / name).is_file() else b'{"bos_token": "<s>"}'
+    assert b'"<s>"' in content
+    (tmp_path / name).write_bytes(content.replace(b'"<s>"', b'"<s\xff>"', 1))
+    with pytest.raises(FormatError, match=rf"{name}' .*'utf-8' codec can't decode byte 0xff"):
+        Tokenizer.from_folder(tmp_path)

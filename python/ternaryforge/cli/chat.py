@@ -12,6 +12,7 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    AdapterOption,
     HeadMode,
     HeadOption,
     JsonOption,
@@ -62,6 +63,7 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     kv: KvOption = KvType.F32,
     head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
@@ -73,7 +75,12 @@ def command(
     from ternaryforge.model import TernaryModel
 
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
+        model,
+        threads=threads,
+        activations=activations.value if activations else None,
+        kv=kv.value,
+        head=head.value,
+        adapter=adapter,
     )
     if template is not None:
         names = loaded.require_tokenizer().named_tokens

@@ -9,6 +9,7 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    AdapterOption,
     HeadMode,
     HeadOption,
     JsonOption,
@@ -38,6 +39,7 @@ def command(
     window: Annotated[int | None, typer.Option(min=4, help="Tokens seen at once; default: the protocol's.")] = None,
     max_documents: Annotated[int | None, typer.Option(min=1, help="Only the first ones, with 'documents'.")] = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     kv: KvOption = KvType.F32,
     head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
@@ -53,7 +55,12 @@ def command(
     except UnicodeDecodeError as error:
         raise ValueError(f"[evaluate] '{text}' is not UTF-8: {error}") from None
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
+        model,
+        threads=threads,
+        activations=activations.value if activations else None,
+        kv=kv.value,
+        head=head.value,
+        adapter=adapter,
     )
     with progress_bar("Evaluating") as progress:
         result = loaded.perplexity(

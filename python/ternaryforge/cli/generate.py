@@ -8,6 +8,7 @@ import typer
 
 from ternaryforge.cli.output import (
     ActivationsOption,
+    AdapterOption,
     HeadMode,
     HeadOption,
     JsonOption,
@@ -37,6 +38,7 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     kv: KvOption = KvType.F32,
     head: HeadOption = HeadMode.EXACT,
     threads: ThreadsOption = None,
@@ -47,7 +49,12 @@ def command(
     from ternaryforge.model import TernaryModel
 
     loaded = TernaryModel.from_pretrained(
-        model, threads=threads, activations=activations.value if activations else None, kv=kv.value, head=head.value
+        model,
+        threads=threads,
+        activations=activations.value if activations else None,
+        kv=kv.value,
+        head=head.value,
+        adapter=adapter,
     )
     loaded.require_tokenizer()
     stream = loaded.stream(

@@ -46,6 +46,9 @@ ActivationsOption = Annotated[
     Activations | None,
     typer.Option("--activations", help="Default: what the checkpoint was made for."),
 ]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", metavar="PATH", help="A LoRA adapter (PEFT): a folder or org/name.")
+]
 
 KvOption = Annotated[
     KvType, typer.Option("--kv", help="How keys and values are remembered: f16 and int8 read less at long contexts.")
