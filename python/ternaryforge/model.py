@@ -17,6 +17,7 @@ from ternaryforge.chat_template import TURN_ENDS, ChatTemplate, Message
 from ternaryforge.checkpoint import Checkpoint, read_json
 from ternaryforge.evaluation import EvaluationResult, Protocol, evaluate
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.families.fields import Fields
 from ternaryforge.generation import Generation, GenerationOptions, GenerationResult, PieceStream
 from ternaryforge.onebit import read_onebit
 from ternaryforge.quantization import Quantization
@@ -515,10 +516,7 @@ def find_eos_ids(path: Path, architecture: Architecture, tokenizer: Tokenizer | 
     ids = set(architecture.eos_ids)
     generation_config = path / "generation_config.json"
     if generation_config.is_file():
-        value = read_json(generation_config).get("eos_token_id")
-        for token_id in value if isinstance(value, list) else [value]:
-            if type(token_id) is int:
-                ids.add(token_id)
+        ids.update(Fields(read_json(generation_config), str(generation_config)).token_ids("eos_token_id"))
     if tokenizer is not None:
         ids.update(tokenizer.eos_ids)
     return sorted(token_id for token_id in ids if 0 <= token_id < architecture.spec.vocab_size)

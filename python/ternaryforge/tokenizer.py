@@ -197,7 +197,11 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; starts with `bos_id` where there is one and it is asked for."""
+        """Token ids of a text; starts with `bos_id` where there is one and it is asked for.
+
+        Raises ValueError for half a surrogate pair, which is how Python holds bytes that are not UTF-8.
+        """
+        _check_text(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if add_special_tokens and self.bos_id is not None:
             return [self.bos_id, *ids]
@@ -207,6 +211,7 @@ class Tokenizer:
         """Token ids of the text of a chat template, in which special tokens are written by their names."""
         if self._encode_continuation is None or not self.special_tokens:
             return self.encode(text, add_special_tokens=False)
+        _check_text(text)
         # SentencePiece itself never finds special tokens in a text. The longest goes first.
         names = sorted(self.special_tokens, key=len, reverse=True)
         first, *others = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
@@ -276,6 +281,16 @@ class DecodeStream:
 
 _BYTE_OF_CHARACTER = byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"[tokenizer] the text was not UTF-8: character {error.start} is {text[error.start]!a}, which stands for no "
+            "character; write the text in UTF-8"
+        ) from None
 
 
 def _decoder_kind(path: Path, description: dict[str, Any]) -> tuple[bool, int]:

@@ -39,6 +39,7 @@ def load_weights(checkpoint: Checkpoint, architecture: Architecture) -> dict[str
     that is no trit, scales that were meant for the other convention.
     """
     check_tensor_names(checkpoint, architecture)
+    _refuse_undeclared_latents(checkpoint, architecture)
     loader = _Loader(checkpoint, architecture)
     weights = {slot: loader.load(slot, *shape) for slot, shape in architecture.spec.slots().items()}
     if architecture.quantization is not None and architecture.quantization.strict:
@@ -268,6 +269,28 @@ class _Loader:
         return self._last
 
 
+def _refuse_undeclared_latents(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuses weights of a BitNet training that would run as if they were those of a dense model.
+
+    Folders of onebitllms have `is_bitnet_config`. Without a quantization_config they hold either
+    ternary weights as floats, which may run dense, or latents.
+    """
+    config = checkpoint.config
+    if config.get("is_bitnet_config") is not True or config.get("quantization_config") is not None:
+        return
+    name = next(name for slot, name in architecture.tensor_names.items() if architecture.is_linear(slot))
+    info = checkpoint.info(name)
+    if info.dtype not in FLOAT_DTYPES or len(info.shape) != 2:
+        return
+    part = np.abs(checkpoint.read_float32(name, rows=(0, min(64, info.shape[0]))))
+    if ((part > 0) & (part < part.max(1, keepdims=True))).any():
+        fields = '{"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}'
+        raise FormatError(
+            f"[model] '{checkpoint.path / 'config.json'}': is_bitnet_config says that the weights were trained to be "
+            f"ternary, but '{name}' is not, and nothing says how to round it; add \"quantization_config\": {fields}"
+        )
+
+
 def _check_bias(info: TensorInfo, quantization: Quantization) -> None:
     """Refuses a bias that transformers multiplies by the scale of the weights, which no one means."""
     if quantization.strict and quantization.convention == "multiply" and not quantization.online:
@@ -289,7 +312,7 @@ def _check_tied_head(checkpoint: Checkpoint, head: TensorInfo, embedding: str) -
         )
 
 
-def _check_shape(info: TensorInfo, expected: tuple[int, ...], rule: str = "") -> None:
+def _check_shape(info: TensorInfo, expected: tuple[int, ...], rule: str = " by config.json") -> None:
     if info.shape != expected:
         raise FormatError(
             f"[model] '{info.file}': tensor '{info.name}' has shape {list(info.shape)}, expected {list(expected)}{rule}"

@@ -61,6 +61,8 @@ PUBLISHED = [
     ("Ternary-Bonsai-1.7B, 4B (unpacked)", "dense, groups of 128, tied ends ternary, YaRN", "Ternary-Bonsai", BONSAI),
     ("Ternary-Bonsai-8B (unpacked)", "the same, with a head apart", "Ternary-Bonsai, head apart", BONSAI),
     ("Bonsai (binary, unpacked)", "dense, groups of 128, -1 and +1", "binary Bonsai", BONSAI),
+    ("SmolLM, SmolLM2", "dense, tied, three query heads for each of the keys", "llama shaped as SmolLM2", MODELS),
+    ("phi-1.5, phi-2", "dense, LayerNorm, parallel layers, a part of each head rotated", "phi", MODELS),
     ("bitnet_b1_58-large, -3B (1bitLLM)", "latents", "test_latents_of_1bitllm", ["test_latents_of_1bitllm"]),
 ]
 

@@ -63,6 +63,12 @@ CAPS = {"attn_logit_softcapping": 0.7, "final_logit_softcapping": 1.5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama attention bias": ("llama", GQA | {"attention_bias": True}),
     "llama every bias": ("llama", GQA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama shaped as SmolLM2": (
+        "llama",
+        {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 140}
+        | {"num_hidden_layers": 5, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    ),
     "mistral": ("mistral", GQA | {"sliding_window": None}),
     "mistral window": ("mistral", GQA | {"sliding_window": 13}),
     "mistral hidden by heads": ("mistral", {"hidden_size": 90, "num_attention_heads": 5, "sliding_window": 32}),

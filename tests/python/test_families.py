@@ -128,6 +128,9 @@ def test_accepted_drift(changes: dict[str, Any]) -> None:
         ({"head_dim": 5}, "head_dim must be even"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq' is not supported"),
         ({"quantization_config": [1]}, "quantization_config must be an object"),
+        ({"quantization": {"group_size": 128, "bits": 2}}, "quantization says that MLX packed .* take the unpacked"),
+        ({"prism.hadamard.block": 1024}, "prism.hadamard.block says that weights are rotated"),
+        ({"model_type": "prism_hadamard_qwen35"}, "model_type says that weights are rotated"),
         ({"quantization_config": BITNET | {"use_rms_norm": True}}, "use_rms_norm is not supported"),
         ({"quantization_config": BITNET | {"linear_class": "x"}}, "linear_class must be one of bitlinear"),
         ({"quantization_config": BITNET | {"quantization_mode": "online"}}, "'online' needs linear_class 'autob"),
@@ -345,6 +348,47 @@ def test_missing_tensor(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     with pytest.raises(FormatError, match=r"'lm_head.weight' is missing"):
         load(made_models.write_folder(tmp_path, config, tensors))
+
+
+QUERY, KEY = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"vocab_size": 300}, r"'model.embed_tokens.weight' has shape \[263, 20\], expected \[300, 20\] by config.json"),
+        ({"vocab_size": 100}, r"'model.embed_tokens.weight' has shape \[263, 20\], expected \[100, 20\]"),
+        ({"hidden_size": 28}, r"'model.embed_tokens.weight' has shape \[263, 20\], expected \[263, 28\]"),
+        ({"intermediate_size": 32}, r"gate_proj.weight' has shape \[28, 20\], expected \[32, 20\]"),
+        ({"num_attention_heads": 2}, rf"'{QUERY}' has shape \[24, 20\], expected \[12, 20\]"),
+        ({"head_dim": 8}, rf"'{QUERY}' has shape \[24, 20\], expected \[32, 20\]"),
+        ({"head_dim": None}, "head_dim must be even .5 by the other fields"),
+        ({"num_key_value_heads": 4}, rf"'{KEY}' has shape \[12, 20\], expected \[24, 20\]"),
+        ({"num_hidden_layers": 1}, "'model.layers.1.input_layernorm.weight' is no part of LlamaForCausalLM as config"),
+        ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight' is missing; the checkpoint is incomplete"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from 'model.embed_tokens.weight' although"),
+        ({"attention_bias": True}, "'model.layers.0.self_attn.q_proj.bias' is missing"),
+        ({"quantization_config": BITNET}, f"'{QUERY}' has dtype F32, expected U8 .packed"),
+    ],
+)
+def test_configurations_that_lie_about_the_weights(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    tensors = made_models.make_tensors(made_models.llama_config())
+    with pytest.raises(FormatError, match=text):
+        load(made_models.write_folder(tmp_path, made_models.llama_config(**changes), tensors))
+
+
+def test_latents_that_nothing_declares(tmp_path: Path) -> None:
+    """A revision of Falcon-E holds latents, another the ternary weights as floats; only `is_bitnet_config` is left."""
+    config = made_models.llama_config(is_bitnet_config=True)
+    tensors = made_models.make_tensors(config)
+    with pytest.raises(FormatError, match=rf"'{QUERY}' is not, .* add .*\"quantization_mode\": \"online\""):
+        load(made_models.write_folder(tmp_path / "latents", config, tensors))
+    tensors[QUERY] = ("F32", 0.25 * np.sign(tensors[QUERY][1]))
+    assert load(made_models.write_folder(tmp_path / "baked", config, tensors))["layers.0.query"].layout == "f32"
+    online = BITNET | {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    config |= {"quantization_config": online, "hidden_size": 24}
+    latents = made_models.make_tensors(config)
+    assert load(made_models.write_folder(tmp_path / "declared", config, latents))["layers.0.query"].layout == "t16"
 
 
 def test_rows_that_cannot_be_packed(tmp_path: Path) -> None:

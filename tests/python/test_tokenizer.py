@@ -263,3 +263,14 @@ def test_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content.replace(b'"<s>"', b'"<s\xff>"', 1))
     with pytest.raises(FormatError, match=rf"{name}' .*'utf-8' codec can't decode byte 0xff"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_texts_that_were_not_utf8(tmp_path: Path) -> None:
+    """Python reads such bytes from arguments and pipes as halves of surrogate pairs."""
+    made_models.write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer is not None
+    for encode in (tokenizer.encode, tokenizer.encode_chat):
+        with pytest.raises(ValueError, match=r"the text was not UTF-8: character 2 is '\\udcff'"):
+            encode(b"ab\xff".decode("utf-8", "surrogateescape"))
+    assert tokenizer.decode(tokenizer.encode("ab\U0001f642", add_special_tokens=False)) == "ab\U0001f642"

@@ -60,7 +60,9 @@ def read_architecture(config: dict[str, Any], *, where: str) -> Architecture:
     Raises FormatError for a missing or malformed field, and by name for a field that is unknown or
     has a value whose mathematics is not implemented.
     """
-    Fields(config, where).refuse_rotated()
+    fields = Fields(config, where)
+    fields.refuse_rotated()
+    fields.refuse_mlx()
     if is_ternary_core(config, where=where):
         return read_ternary_core(config, where=where)
     return family_of(config, where=where).read(config, where=where)

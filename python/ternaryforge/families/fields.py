@@ -87,6 +87,13 @@ class Fields:
                     name, "says that weights are rotated (Hadamard), which is not supported; take a model without"
                 )
 
+    def refuse_mlx(self) -> None:
+        """Refuses folders that MLX packed: their tensors are words of 32 bits with scales and biases."""
+        if isinstance(self._config.get("quantization"), dict):
+            raise self.refusal(
+                "quantization", "says that MLX packed the weights, which is not supported; take the unpacked folder"
+            )
+
     def refuse_unknown(self, reads: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuses fields of a config.json that are neither read, nor harmless, nor at a neutral value."""
         neutral = {**_NEUTRAL, **neutral}
