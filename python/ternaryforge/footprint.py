@@ -80,9 +80,19 @@ class Footprint:
         spec = architecture.spec
         slots = spec.slots()
         for slot, (rows, cols) in slots.items():
-            tensor = tensors[architecture.tensor_names[slot]]
-            latent = quantization is not None and quantization.online and architecture.is_ternary(slot)
-            if tensor.dtype == "U8" or latent:
+            tensor = tensors.get(architecture.tensor_names[slot])
+            rule = architecture.rules.get(slot)
+            latent = rule is not None or (
+                quantization is not None and quantization.online and architecture.is_ternary(slot)
+            )
+            if tensor is None or rows == 1:
+                self._vector_bytes += 4 * cols
+            elif rule is not None and rule.kind == "int8":
+                self.dense_bytes += rows * cols
+                self.read_dense_bytes += rows * cols
+                self.dense_linear_weights += rows * cols
+                self._latent_bytes = max(self._latent_bytes, 2 * rows * cols)
+            elif tensor.dtype == "U8" or latent:
                 self.packed_bytes += _core.formats.layout_bytes(RUN_TIME_LAYOUT, rows, cols)
                 self.packed_weights += rows * cols
                 # As stored and as used, in float32; twice while the core takes the weights over.
@@ -91,12 +101,11 @@ class Footprint:
                     self._latent_bytes = max(
                         self._latent_bytes, rows * cols + (_LATENT_BYTES - 1) * min(rows * cols, _LATENT_CHUNK)
                     )
-            elif rows == 1:
-                self._vector_bytes += 4 * cols
             else:
-                self.dense_bytes += tensor.nbytes
+                nbytes = tensor.nbytes * rows // tensor.shape[0]  # others may share the tensor
+                self.dense_bytes += nbytes
                 if slot not in ("embedding", "position_embedding") or (slot == "embedding" and architecture.tied_head):
-                    self.read_dense_bytes += tensor.nbytes
+                    self.read_dense_bytes += nbytes
                 if architecture.is_linear(slot):
                     self.dense_linear_weights += rows * cols
         self.kv_bytes_per_token = sum(

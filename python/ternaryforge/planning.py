@@ -22,6 +22,7 @@ from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.conversion import ROUNDED
 from ternaryforge.expected_loss import ExpectedLoss, expected_loss
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.families.base import Part
 from ternaryforge.footprint import SCORED_TOKENS, Footprint, Memory, conversion_memory
 from ternaryforge.machine_rates import RunRates, measure_rounding_rate, measure_run_rates
 from ternaryforge.memory import available_bytes
@@ -31,7 +32,7 @@ from ternaryforge.report import Report
 from ternaryforge.rounding import SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
 from ternaryforge.shapes import read_shape, stored_tensors
 from ternaryforge.sources import find_source
-from ternaryforge.weights import check_tensor_names
+from ternaryforge.weights import check_tensor_names, packed_rows
 
 METHODS = ("none", *SCHEMES)
 """Methods that exist: run it as it is, or plain rounding by a scheme of `convert`."""
@@ -187,7 +188,7 @@ def plan(
         ),
     ]
     peak = max(stages, key=lambda stage: stage.peak_rss_bytes)
-    loss = expected_loss(scheme if given.architecture.quantization is None else None)
+    loss = expected_loss(None if _is_trained(given.architecture) else scheme)
     slots = result.architecture.spec.slots()
     return PlanReport(
         source=given.name,
@@ -245,12 +246,16 @@ def _check_shapes(architecture: Architecture, tensors: Mapping[str, TensorPlan],
     for slot, (rows, cols) in architecture.spec.slots().items():
         name = architecture.tensor_names[slot]
         if name not in tensors:
+            if slot in architecture.optional:
+                continue
             raise FormatError(f"[plan] '{where}': tensor '{name}' is missing; the checkpoint is incomplete")
         tensor = tensors[name]
-        expected = (rows // 4, cols) if tensor.dtype == "U8" else (rows, cols)
+        vector = rows == 1 and len(tensor.shape) == 1
+        total = architecture.parts.get(slot, Part(0, cols if vector else rows)).total
+        expected = (total,) if vector else (packed_rows(total) if tensor.dtype == "U8" else total, cols)
         if tensor.dtype not in (*FLOAT_DTYPES, "U8"):
             raise FormatError(f"[plan] '{where}': tensor '{name}' has dtype {tensor.dtype}, which cannot be used")
-        if tensor.shape != expected and not (rows == 1 and tensor.shape == (cols,)):
+        if tensor.shape != expected:
             raise FormatError(
                 f"[plan] '{where}': tensor '{name}' has shape {list(tensor.shape)}, expected {list(expected)}"
             )
@@ -282,7 +287,7 @@ def _check_method(given: _Source, method: str | None) -> Scheme | None:
     """The scheme of `convert` to plan for, None where nothing is converted."""
     quantization = given.architecture.quantization
     if method is None:
-        method = "ls" if quantization is None else "none"
+        method = "none" if _is_trained(given.architecture) else "ls"
     if method == "none":
         return None
     if quantization is not None and not quantization.online:
@@ -293,23 +298,31 @@ def _check_method(given: _Source, method: str | None) -> Scheme | None:
     return cast("Scheme", method)
 
 
+def _is_trained(architecture: Architecture) -> bool:
+    """Whether the weights were made to be ternary."""
+    return architecture.quantization is not None or bool(architecture.rules)
+
+
 def _converted(given: _Source, options: RoundingOptions) -> _Source:
     """What `convert` will make of it."""
     options.check_latents(given.architecture, given.where)
     shapes = rounded_shapes(given.architecture, options, given.where)
     tensors = {tensor.name: tensor for tensor in options.rounded_tensors(given.tensors.values(), shapes)}
     trained = given.architecture.family == "bitnet" or given.architecture.quantization is not None
+    rules = given.architecture.rules
+    stock = options.scale == "tensor" and not rules
     quantization = Quantization(
-        method="bitnet" if options.scale == "tensor" else "ternaryforge",
+        method="bitnet" if stock else "ternaryforge",
         scale=options.scale,
         group_size=options.group_size if options.scale == "group" else 0,
-        convention="divide" if options.scale == "tensor" else "multiply",
+        convention="divide" if stock else "multiply",
         online=False,
-        activation_bits=8 if options.scale == "tensor" or trained else None,
-        excluded=("lm_head",),
-        strict=options.scale == "tensor",
+        activation_bits=8 if stock or trained else None,
+        excluded=() if rules else ("lm_head",),
+        strict=stock,
     )
-    architecture = replace(given.architecture, quantization=quantization)
+    kept_rules = {slot: rule for slot, rule in rules.items() if given.architecture.tensor_names[slot] not in shapes}
+    architecture = replace(given.architecture, quantization=quantization, rules=kept_rules)
     size = _file_bytes(tensors)  # one file, which also holds the embedding
     return replace(given, architecture=architecture, tensors=tensors, file_bytes=size, kept_bytes=size)
 
@@ -341,7 +354,7 @@ def _prompt_seconds(footprint: Footprint, rates: RunRates) -> float:
 
 def _warnings(given: _Source, result: _Source, peak: PlannedStage, method: str | None) -> list[str]:
     found = []
-    if method is not None and given.architecture.quantization is None:
+    if method is not None and not _is_trained(given.architecture):
         found.append(ROUNDED)
     if given.folder is not None and not given.has_tokenizer:
         found.append("the folder has no tokenizer: only token ids can be generated from")

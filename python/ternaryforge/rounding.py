@@ -108,13 +108,13 @@ def rounded_shapes(architecture: Architecture, options: RoundingOptions, where: 
         name = architecture.tensor_names[slot]
         if not (name in rules if architecture.rules else rounds(slot)):
             continue
-        rows = architecture.parts.get(slot, Part(0, rows)).total
-        if options.scale == "tensor" and not rules and rows % 4:
+        stored = architecture.parts.get(slot, Part(0, rows)).total
+        if options.scale == "tensor" and not rules and stored % 4:
             raise FormatError(
-                f"[convert] '{where}': tensor '{name}' has {rows} rows; four rows share a byte, and plain transformers "
+                f"[convert] '{where}': tensor '{name}' has {stored} rows; four rows share a byte, and plain transformers "
                 "needs a multiple of 4: use scale='row' or scale='group'"
             )
-        shapes[name] = (rows, cols)
+        shapes[name] = (stored, cols)
     return shapes
 
 

@@ -288,7 +288,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"[tokenizer] the text was not UTF-8: character {error.start} is {text[error.start]!a}, which stands for no "
+            f"[tokenizer] the text was not UTF-8: character {error.start} is {text[error.start]!a}, which is no "
             "character; write the text in UTF-8"
         ) from None
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import made_models
 import pytest
+from test_ternary_core import make_config as core_config
+from test_ternary_core import make_tensors as core_tensors
 
 from ternaryforge import FormatError, TernaryModel, convert, machine_rates, plan, planning, shapes
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.conversion import RoundingOptions
 from ternaryforge.expected_loss import FIGURES
 from ternaryforge.machine_rates import RunRates
+from ternaryforge.rounding import RoundingOptions
 
 RATES = RunRates(packed_bytes=1e9, dense_bytes=2e9, packed_prefill=1e10, dense_prefill=5e9, repack_bytes=4e9)
 
@@ -117,6 +119,23 @@ def test_latents_are_planned_as_they_are_run(tmp_path: Path) -> None:
     assert plan(folder, method="absmean").file_bytes == convert(folder, tmp_path / "out", scheme="absmean").file_bytes
     with pytest.raises(FormatError, match="absmean"):
         plan(folder, method="ls")
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_family_with_rules_of_its_own(tmp_path: Path, swiglu: bool) -> None:
+    """Ternary-Core: fused tensors, latents that run as they are, int8 ends."""
+    config = core_config(use_swiglu=swiglu, layer_bit_map={"embedding": "8bit", "layer_modes": ["ternary"] * 3})
+    folder = made_models.write_folder(tmp_path / "model", config, core_tensors(config))
+    report = plan(folder, method="ls")
+    assert plan(folder).method is None
+    assert plan(folder).stages[0].parts["latents on their way"] > 0
+    done = convert(folder, tmp_path / "out")
+    assert (report.file_bytes, report.ternary_params) == (done.file_bytes, done.ternary_params)
+    assert not any("gibberish" in warning for warning in (*report.warnings, *done.warnings))
+    after = plan(tmp_path / "out")
+    assert (after.file_bytes, after.ternary_params) == (done.file_bytes, done.ternary_params)
+    with pytest.raises(FormatError, match="have a rule of their own with one scale per tensor"):
+        plan(folder, method="ls", scale="row")
 
 
 def test_shapes() -> None:
