@@ -111,8 +111,8 @@ def rounded_shapes(architecture: Architecture, options: RoundingOptions, where: 
         stored = architecture.parts.get(slot, Part(0, rows)).total
         if options.scale == "tensor" and not rules and stored % 4:
             raise FormatError(
-                f"[convert] '{where}': tensor '{name}' has {stored} rows; four rows share a byte, and plain transformers "
-                "needs a multiple of 4: use scale='row' or scale='group'"
+                f"[convert] '{where}': tensor '{name}' has {stored} rows; four rows share a byte, and plain "
+                "transformers needs a multiple of 4: use scale='row' or scale='group'"
             )
         shapes[name] = (stored, cols)
     return shapes

@@ -165,6 +165,8 @@ def test_absent_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config.json; name the folder"):
         TernaryModel.from_pretrained(folder, adapter=folder)
     adapter = write(tmp_path / "adapter", make_adapter({QUERY: (24, 20)}))
+    with pytest.raises(ValueError, match=r"beside the folder of a checkpoint, and '.*model.safetensors' is a file"):
+        TernaryModel.from_pretrained(folder / "model.safetensors", adapter=adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(FormatError, match=r"holds no adapter_model.safetensors; save the adapter in safetensors"):
         TernaryModel.from_pretrained(folder, adapter=adapter)
