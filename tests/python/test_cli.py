@@ -126,6 +126,8 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert "'MambaForCausalLM' is not supported" in odd["warnings"][0]
     assert "no tokenizer" in odd["warnings"][1]
     assert run_json("inspect", "demo")["quantization"]["method"] == "bitnet"
+    shown = " ".join(run("inspect", "demo").stdout.split())
+    assert "a scale per tensor (stored as reciprocals), activations in 8 bits; dense: lm_head" in shown
     shown = " ".join(run("inspect", tmp_path).stdout.split())  # where lines break depends on the folder's name
     assert "is not supported; supported are" in shown
     assert "MambaForCausalLM" in shown

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ternaryforge inspect FILE`: what is in a checkpoint and who made it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,9 +42,27 @@ def command(
     if found.head_bytes is not None:
         rows["head"] = ", ".join(f"{name} {size:,} bytes" for name, size in found.head_bytes.items())
     if found.quantization is not None:
-        rows["quantization"] = ", ".join(f"{k} {v}" for k, v in found.quantization.items())
+        rows["quantization"] = _in_words(found.quantization)
     if found.tokenizer is not None:
         rows["tokenizer"] = ", ".join(f"{k} {v}" for k, v in found.tokenizer.items())
     if found.warnings:
         rows["warnings"] = "\n".join(found.warnings)
     print_table(rows)
+
+
+def _in_words(fields: dict[str, Any]) -> str:
+    """A `Quantization`; what else there may be in the words of its fields."""
+    if "scale" not in fields:
+        return ", ".join(f"{k} {v}" for k, v in fields.items())
+    size, excluded = fields["group_size"], fields["excluded"]
+    bits = fields["activation_bits"]
+    parts = [
+        str(fields["method"]),
+        "latents of training, rounded at load" if fields["online"] else "packed",
+        f"a scale per {fields['scale']}" + (f" of {size}" if size else ""),
+        "activations in " + ("floating point" if bits is None else f"{bits} bits"),
+    ]
+    if fields["convention"] == "divide" and not fields["online"]:
+        parts[2] += " (stored as reciprocals)"
+    dense = ("lm_head",) if excluded is None else excluded
+    return ", ".join(parts) + ("; dense: " + ", ".join(dense) if dense else "")
