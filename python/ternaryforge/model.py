@@ -14,10 +14,10 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.adapters import load_adapter
 from ternaryforge.chat_template import TURN_ENDS, ChatTemplate, Message
-from ternaryforge.checkpoint import Checkpoint, read_json
+from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.end_tokens import find_eos_ids
 from ternaryforge.evaluation import EvaluationResult, Protocol, evaluate
 from ternaryforge.families import Architecture, read_architecture
-from ternaryforge.families.fields import Fields
 from ternaryforge.generation import Generation, GenerationOptions, GenerationResult, PieceStream
 from ternaryforge.onebit import read_onebit
 from ternaryforge.quantization import Quantization
@@ -509,14 +509,3 @@ def _is_batch(prompt: object) -> bool:
     if not isinstance(prompt, Sequence):
         raise TypeError(f"[generate] a prompt is text or a sequence of token ids, got {type(prompt).__name__}")
     return bool(prompt) and isinstance(prompt[0], str | Sequence | np.ndarray)
-
-
-def find_eos_ids(path: Path, architecture: Architecture, tokenizer: Tokenizer | None) -> list[int]:
-    """The union of what config.json, generation_config.json and the tokenizer call an end token."""
-    ids = set(architecture.eos_ids)
-    generation_config = path / "generation_config.json"
-    if generation_config.is_file():
-        ids.update(Fields(read_json(generation_config), str(generation_config)).token_ids("eos_token_id"))
-    if tokenizer is not None:
-        ids.update(tokenizer.eos_ids)
-    return sorted(token_id for token_id in ids if 0 <= token_id < architecture.spec.vocab_size)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.end_tokens import find_eos_ids
 from ternaryforge.families import read_architecture
-from ternaryforge.model import default_activations, find_eos_ids
+from ternaryforge.model import default_activations
 from ternaryforge.onebit import Activations, OnebitWriter, StoredTensor, ordered_slots, read_onebit
 from ternaryforge.onebit_tokenizer import store_tokenizer
 from ternaryforge.report import Report
