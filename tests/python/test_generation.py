@@ -321,7 +321,10 @@ def test_which_files_of_the_hub_are_fetched(tmp_path: Path, monkeypatch: pytest.
     other = {"original/consolidated.safetensors", "onnx/config.json", "pytorch_model.bin", "gguf/x.json", "asr/x.json"}
     made_models.write_folder(tmp_path, made_models.llama_config())
 
-    def download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None) -> str:
+    def download(
+        _: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None, local_files_only: bool
+    ) -> str:
+        assert not local_files_only
         files = wanted | other
         chosen.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         assert revision is None
