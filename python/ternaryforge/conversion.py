@@ -180,6 +180,11 @@ def _warnings(
 
 def _check_kept(quantization: Quantization, scale: str, group_size: int, where: str) -> None:
     """Refuses to store scales that exist already in another way."""
+    if quantization.method == "mlx":
+        raise FormatError(
+            f"[convert] '{where}': MLX packed these weights, which run as they are; to store them otherwise, convert "
+            "the unpacked folder of the model"
+        )
     if (scale, group_size if scale == "group" else 0) != (
         quantization.scale,
         quantization.group_size,

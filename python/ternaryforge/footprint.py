@@ -92,7 +92,7 @@ class Footprint:
                 self.read_dense_bytes += rows * cols
                 self.dense_linear_weights += rows * cols
                 self._latent_bytes = max(self._latent_bytes, 2 * rows * cols)
-            elif tensor.dtype == "U8" or latent:
+            elif tensor.dtype in ("U8", "U32") or latent:
                 self.packed_bytes += _core.formats.layout_bytes(RUN_TIME_LAYOUT, rows, cols)
                 self.packed_weights += rows * cols
                 # As stored and as used, in float32; twice while the core takes the weights over.

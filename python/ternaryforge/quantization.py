@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantization_config` of a config.json: what the stored weights mean.
 
-Two kinds are known. `bitnet` is the one of transformers: one scale per tensor, whose convention
+Three kinds are known. `bitnet` is the one of transformers: one scale per tensor, whose convention
 follows from `linear_class` alone (bitlinear: stored is 1 / scale, autobitlinear: stored is scale).
-`ternaryforge` is ours: a scale per tensor, row or group of columns, always multiplied.
+`ternaryforge` is ours: a scale per tensor, row or group of columns, always multiplied. `mlx` is the
+affine one of MLX with groups that hold nothing but -s, 0 and s (field `quantization`).
 """
 
 import re
@@ -42,10 +43,10 @@ class Quantization:
     `activation_bits`: what the model was made for; None is floating point. `excluded` are the
     patterns of modules that stay dense, None for "the head alone". `strict`: every linear layer
     that is not excluded must be ternary (`bitnet`); otherwise its dtype tells (`ternaryforge`).
-    `ternary_embeddings`: the table of embeddings may be ternary too.
+    `ternary_embeddings`: the table of embeddings may be ternary too. `code_bits`: of MLX's codes, else 2.
     """
 
-    method: Literal["bitnet", "ternaryforge"]
+    method: Literal["bitnet", "ternaryforge", "mlx"]
     scale: ScaleKind
     group_size: int
     convention: Convention
@@ -54,6 +55,7 @@ class Quantization:
     excluded: tuple[str, ...] | None
     strict: bool
     ternary_embeddings: bool = False
+    code_bits: int = 2
 
     def keeps_dense(self, module: str) -> bool:
         """Whether a module such as `model.layers.0.mlp.up_proj` is excluded, as transformers reads it.
@@ -75,6 +77,13 @@ def parse_quantization(config: dict[str, Any], *, where: str) -> Quantization | 
     Raises FormatError naming the field for a kind or an option that is not supported.
     """
     fields = config.get("quantization_config")
+    packed_by_mlx = config.get("quantization")
+    if isinstance(packed_by_mlx, dict):
+        if fields not in (None, packed_by_mlx):
+            raise FormatError(
+                f"[config] '{where}': quantization, which is MLX's, cannot stand beside quantization_config"
+            )
+        return _parse_mlx(packed_by_mlx, where)
     if fields is None:
         return None
     if not isinstance(fields, dict):
@@ -137,6 +146,32 @@ def _parse_ternaryforge(fields: dict[str, Any], where: str) -> Quantization:
         excluded=_excluded(fields, where),
         strict=False,
         ternary_embeddings=_flag(fields, "ternary_embeddings", where),
+    )
+
+
+def _parse_mlx(fields: dict[str, Any], where: str) -> Quantization:
+    name = f"[config] '{where}': quantization"
+    for field, value in fields.items():
+        if field not in ("group_size", "bits", "mode"):
+            raise FormatError(f"{name}.{field} is not supported, got {value!r}; only one form for all layers is")
+    if fields.get("mode", "affine") != "affine":
+        raise FormatError(f"{name}.mode must be 'affine', got {fields['mode']!r}")
+    bits, group_size = fields.get("bits"), fields.get("group_size")
+    if type(bits) is not int or bits not in (1, 2):
+        raise FormatError(f"{name}.bits of ternary weights must be 1 or 2, got {bits!r}")
+    if type(group_size) is not int or group_size < 1 or group_size % 64:
+        raise FormatError(f"{name}.group_size must be a positive multiple of 64, got {group_size!r}")
+    return Quantization(
+        method="mlx",
+        scale="group",
+        group_size=group_size,
+        convention="multiply",
+        online=False,
+        activation_bits=16,
+        excluded=(),
+        strict=False,
+        ternary_embeddings=True,
+        code_bits=bits,
     )
 
 

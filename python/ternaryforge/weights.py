@@ -61,6 +61,12 @@ def taken_rows(architecture: Architecture, slot: str, rows: int) -> NDArray[np.i
     return first + np.arange(rows).reshape(-1, head // 2, 2).transpose(0, 2, 1).reshape(-1)
 
 
+def mlx_names(name: str) -> tuple[str, str]:
+    """The tensors that hold scales and biases of a weight that MLX packed."""
+    module = name.removesuffix(".weight")
+    return module + ".scales", module + ".biases"
+
+
 def packed_rows(rows: int) -> int:
     """Rows of bytes for `rows` rows of codes; where four do not divide them, the last codes are zeros."""
     return -(-rows // 4)
@@ -75,6 +81,8 @@ def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> No
     for slot, name in architecture.tensor_names.items():
         if architecture.is_ternary(slot):
             known.add(scale_name(name))
+            if architecture.quantization is not None and architecture.quantization.method == "mlx":
+                known.update(mlx_names(name))
     head = "lm_head.weight"
     for name in checkpoint:
         if name in known or _IGNORED.fullmatch(name):
@@ -138,6 +146,8 @@ class _Loader:
                     f"[model] '{checkpoint.path}': a ternary head ('{name}') is not supported in a 'bitnet' "
                     "checkpoint; keep it dense and list 'lm_head' in modules_to_not_convert"
                 )
+            if quantization.method == "mlx" and info.dtype == "U32":
+                return self._packed_by_mlx(slot, info, rows, cols, quantization)
             if info.dtype == "U8" or quantization.strict:
                 return self._packed(slot, info, rows, cols, quantization)
         rule = architecture.rules.get(slot)
@@ -215,6 +225,34 @@ class _Loader:
             return self._ternary(info.name, codes[:stored_rows], quantization)
 
         return self._codes(info.name, decode).rows(chosen)
+
+    def _packed_by_mlx(
+        self, slot: str, info: TensorInfo, rows: int, cols: int, quantization: Quantization
+    ) -> _core.formats.PackedTensor:
+        stored_rows, size, bits = self._stored_rows(slot, rows), quantization.group_size, quantization.code_bits
+        if cols % size:
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has {cols} columns, which groups of {size} do not divide"
+            )
+        _check_shape(info, (stored_rows, cols * bits // 32), f": codes of {bits} bits in words of 32")
+
+        def decode() -> _Codes:
+            scales, biases = map(self._checkpoint.info, mlx_names(info.name))
+            for other in (scales, biases):
+                _check_shape(other, (stored_rows, cols // size))
+            try:
+                codes, found = _core.formats.decode_mlx(
+                    np.frombuffer(self._checkpoint.raw(info.name), np.uint8),
+                    self._checkpoint.read_float32(scales.name),
+                    self._checkpoint.read_float32(biases.name),
+                    bits=bits,
+                    group_size=size,
+                )
+            except ValueError as error:
+                raise FormatError(f"[model] '{info.file}': tensor '{info.name}' is not ternary: {error}") from None
+            return _Codes("t16", codes, found, "group", size, "multiply")
+
+        return self._codes(info.name, decode).rows(self._chosen(slot, rows))
 
     def _unpacked(self, info: TensorInfo, quantization: Quantization) -> _Codes:
         """Trits stored as floats beside their scale, as transformers saves an `autobitlinear` model again."""

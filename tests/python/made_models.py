@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tensors = dict[str, tuple[str, NDArray[Any]]]
-NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
+NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1", "U32": "<u4"}
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",

@@ -128,7 +128,20 @@ def test_accepted_drift(changes: dict[str, Any]) -> None:
         ({"head_dim": 5}, "head_dim must be even"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq' is not supported"),
         ({"quantization_config": [1]}, "quantization_config must be an object"),
-        ({"quantization": {"group_size": 128, "bits": 2}}, "quantization says that MLX packed .* take the unpacked"),
+        (
+            {"quantization": {"group_size": 128, "bits": 4}},
+            "quantization.bits of ternary weights must be 1 or 2, got 4",
+        ),
+        ({"quantization": {"group_size": 32, "bits": 2}}, "quantization.group_size must be a positive multiple of 64"),
+        ({"quantization": {"group_size": 64, "bits": 2, "mode": "mxfp4"}}, "mode must be 'affine', got 'mxfp4'"),
+        (
+            {"quantization": {"group_size": 64, "bits": 2, "lm_head": {"bits": 1}}},
+            "quantization.lm_head is not supported, .* only one form for all layers",
+        ),
+        (
+            {"quantization": {"group_size": 64, "bits": 2}, "quantization_config": BITNET},
+            "quantization, which is MLX's, cannot stand beside quantization_config",
+        ),
         ({"prism.hadamard.block": 1024}, "prism.hadamard.block says that weights are rotated"),
         ({"model_type": "prism_hadamard_qwen35"}, "model_type says that weights are rotated"),
         ({"quantization_config": BITNET | {"use_rms_norm": True}}, "use_rms_norm is not supported"),

@@ -60,9 +60,7 @@ def read_architecture(config: dict[str, Any], *, where: str) -> Architecture:
     Raises FormatError for a missing or malformed field, and by name for a field that is unknown or
     has a value whose mathematics is not implemented.
     """
-    fields = Fields(config, where)
-    fields.refuse_rotated()
-    fields.refuse_mlx()
+    Fields(config, where).refuse_rotated()
     if is_ternary_core(config, where=where):
         return read_ternary_core(config, where=where)
     return family_of(config, where=where).read(config, where=where)

@@ -19,7 +19,7 @@ _READ = {
     "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
     "max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings",
-    "layer_types",
+    "layer_types", "quantization",
 }  # fmt: skip
 # Training, storage, bookkeeping and the defaults of older generation code.
 _HARMLESS = {
@@ -86,13 +86,6 @@ class Fields:
                 raise self.refusal(
                     name, "says that weights are rotated (Hadamard), which is not supported; take a model without"
                 )
-
-    def refuse_mlx(self) -> None:
-        """Refuses folders that MLX packed: their tensors are words of 32 bits with scales and biases."""
-        if isinstance(self._config.get("quantization"), dict):
-            raise self.refusal(
-                "quantization", "says that MLX packed the weights, which is not supported; take the unpacked folder"
-            )
 
     def refuse_unknown(self, reads: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuses fields of a config.json that are neither read, nor harmless, nor at a neutral value."""
