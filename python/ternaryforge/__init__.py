@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from ternaryforge.chat_template import ChatTemplate, ChatTemplateError
     from ternaryforge.conversion import ConversionReport, convert
     from ternaryforge.evaluation import EvaluationResult
+    from ternaryforge.exporting import ExportReport, OnebitReport, export
     from ternaryforge.formats import matmul, pack, quantize_weights, unpack
     from ternaryforge.generation import GenerationResult, Piece
+    from ternaryforge.gguf.importing import ImportReport, import_gguf
     from ternaryforge.model import TernaryModel
     from ternaryforge.planning import PlanReport, plan
+    from ternaryforge.validation import ValidationReport, validate
     from ternaryforge.verification import VerificationReport, verify
 
     __version__: str
@@ -31,20 +34,27 @@ __all__ = [
     "ChatTemplateError",
     "ConversionReport",
     "EvaluationResult",
+    "ExportReport",
     "FormatError",
     "GenerationResult",
+    "ImportReport",
+    "OnebitReport",
     "Piece",
     "PlanReport",
     "TernaryModel",
+    "ValidationReport",
     "VerificationReport",
     "__version__",
     "convert",
+    "export",
+    "import_gguf",
     "matmul",
     "pack",
     "plan",
     "quantize_weights",
     "simd",
     "unpack",
+    "validate",
     "verify",
 ]
 
@@ -58,19 +68,26 @@ _MODULE_OF = {
     "ChatTemplateError": "chat_template",
     "ConversionReport": "conversion",
     "EvaluationResult": "evaluation",
+    "ExportReport": "exporting",
     "FormatError": "_core",
     "GenerationResult": "generation",
+    "ImportReport": "gguf.importing",
+    "OnebitReport": "exporting",
     "Piece": "generation",
     "PlanReport": "planning",
     "TernaryModel": "model",
+    "ValidationReport": "validation",
     "VerificationReport": "verification",
     "convert": "conversion",
+    "export": "exporting",
+    "import_gguf": "gguf.importing",
     "matmul": "formats",
     "pack": "formats",
     "plan": "planning",
     "quantize_weights": "formats",
     "simd": "simd",
     "unpack": "formats",
+    "validate": "validation",
     "verify": "verification",
 }
 

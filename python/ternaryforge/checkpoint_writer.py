@@ -171,9 +171,14 @@ class CheckpointWriter:
         del self._missing[name]
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file into the folder."""
+        """Writes a text file into the folder, or into a folder in it."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file into the folder, or into a folder in it."""
         with self._explained(name):
-            (self._folder / name).write_text(text, encoding="utf-8")
+            (self._folder / name).parent.mkdir(exist_ok=True)
+            (self._folder / name).write_bytes(data)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""

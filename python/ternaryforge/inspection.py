@@ -3,7 +3,7 @@
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.gguf.inspection import describe_gguf
+from ternaryforge.gguf.reading import is_gguf
+from ternaryforge.onebit import MAGIC, read_onebit
 from ternaryforge.report import Report
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
@@ -25,7 +28,7 @@ class Inspection(Report):
     floating-point output head reads for a token, by the name that `from_pretrained(head=...)` knows it
     by; None where the configuration or the head says otherwise. `quantization` is None for dense weights,
     `tokenizer` None where there is none. `warnings` says in whole sentences why the checkpoint
-    cannot be used, or only in part.
+    cannot be used, or only in part. `engines` says of a GGUF or `.1bit` file what each engine does with it.
     """
 
     path: str
@@ -34,20 +37,26 @@ class Inspection(Report):
     producer: str | None
     context_length: int | None
     tensors: dict[str, dict[str, int]]
-    head_bytes: dict[str, int] | None
     quantization: dict[str, Any] | None
     tokenizer: dict[str, Any] | None
     file_bytes: int
     warnings: list[str]
+    head_bytes: dict[str, int] | None = None
+    engines: dict[str, str] = field(default_factory=dict)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Looks at a checkpoint folder, a safetensors file or "demo" without reading the weights.
+    """Looks at a checkpoint folder, a safetensors, GGUF or `.1bit` file, or "demo" without running it.
 
     Raises FormatError for one that cannot be read at all; what can be read but not used becomes a
     warning.
     """
-    checkpoint = Checkpoint.open(find_source(path))
+    path = find_source(path)
+    if is_gguf(path):
+        return Inspection(path=str(path), format="gguf", **asdict(describe_gguf(path)))
+    if _is_onebit(path):
+        return _inspect_onebit(path)
+    checkpoint = Checkpoint.open(path)
     path = checkpoint.path
     config = checkpoint.config
     warnings: list[str] = []
@@ -90,6 +99,42 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     )
 
 
+def _is_onebit(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".1bit" or file.read(len(MAGIC)) == MAGIC
+
+
+def _inspect_onebit(path: Path) -> Inspection:
+    """A file that can be read is whole: its checksum is part of it."""
+    file = read_onebit(path)
+    table: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        entry = table.setdefault(tensor.mode, {"count": 0, "elements": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["elements"] += tensor.rows * tensor.cols
+        entry["bytes"] += tensor.nbytes
+    warnings = [] if file.tokenizer is not None else ["There is no tokenizer: only token ids can be generated from."]
+    return Inspection(
+        path=str(path),
+        format="1bit",
+        arch=None,
+        producer="ternaryforge",
+        context_length=file.architecture.spec.context_length,
+        tensors=dict(sorted(table.items())),
+        quantization={"activations": file.activations},
+        tokenizer=None if file.tokenizer is None else _describe(file.tokenizer),
+        file_bytes=path.stat().st_size,
+        warnings=warnings,
+        engines={
+            "ternaryforge": "runs",
+            "onebit (cpp/embedded)": "runs",
+            "llama.cpp": "refuses: It is no GGUF file; export the model with profile 'upstream'.",
+        },
+    )
+
+
 def _tensors_by_dtype(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for name in checkpoint:
@@ -115,8 +160,10 @@ def _head_bytes(checkpoint: Checkpoint, architecture: Architecture) -> dict[str,
 
 def _describe_tokenizer(folder: Path) -> dict[str, Any] | None:
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer is None:
-        return None
+    return None if tokenizer is None else _describe(tokenizer)
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,

@@ -19,7 +19,7 @@ from ternaryforge.end_tokens import find_eos_ids
 from ternaryforge.evaluation import EvaluationResult, Protocol, evaluate
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.generation import Generation, GenerationOptions, GenerationResult, PieceStream
-from ternaryforge.onebit import read_onebit
+from ternaryforge.model_files import LoadedModel, load_file
 from ternaryforge.quantization import Quantization
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class TernaryModel:
         layout: Layout = "auto",
         adapter: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Loads a folder, a `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
+        """Loads a folder, a GGUF or `.1bit` file, `org/name[@revision]` of the Hugging Face hub, or `"demo"`.
 
         `threads`: None takes the physical cores that this process may use. `activations`: "int8",
         "int16" or "float"; None does what the checkpoint says (float for dense weights). `kv`: how keys and
@@ -95,67 +95,29 @@ class TernaryModel:
         path = find_source(source)
         if adapter is not None and path.is_file():
             raise ValueError(f"[load] an adapter runs beside the folder of a checkpoint, and '{path}' is a file")
-        if path.suffix == ".1bit":
-            return cls._from_onebit(
-                path,
-                threads=threads or _core.parallel.default_threads(),
-                activations=activations,
-                kv=kv,
-                head=head,
-                layout=layout,
-            )
-        checkpoint = Checkpoint.open(path)
-        if not checkpoint.config:
-            raise FormatError(f"[load] '{path}' has no config.json; name the folder of a checkpoint")
-        architecture = read_architecture(checkpoint.config, where=str(path / "config.json"))
-        tokenizer = Tokenizer.from_folder(path)
+        threads = threads or _core.parallel.default_threads()
+        loaded = load_file(path, threads=threads) or _load_folder(path)
         transformer = _core.model.Transformer(
-            architecture.spec,
-            load_weights(checkpoint, architecture),
-            activations=activations or default_activations(architecture.quantization),
+            loaded.architecture.spec,
+            loaded.weights,
+            activations=activations or loaded.activations or default_activations(loaded.architecture.quantization),
             kv=kv,
             head=head,
-            threads=threads or _core.parallel.default_threads(),
+            threads=threads,
             layout=layout,
-            adapters={} if adapter is None else load_adapter(find_source(adapter), architecture),
+            adapters={} if adapter is None else load_adapter(find_source(adapter), loaded.architecture),
         )
-        return cls(
+        model = cls(
             path=path,
-            architecture=architecture,
+            architecture=loaded.architecture,
             transformer=transformer,
-            tokenizer=tokenizer,
-            eos_ids=find_eos_ids(path, architecture, tokenizer),
+            tokenizer=loaded.tokenizer,
+            eos_ids=loaded.eos_ids,
             adapter=None if adapter is None else os.fspath(adapter),
         )
-
-    @classmethod
-    def _from_onebit(
-        cls,
-        path: Path,
-        *,
-        threads: int,
-        activations: Activations | None,
-        kv: KvType,
-        head: HeadMode,
-        layout: Layout,
-    ) -> Self:
-        file = read_onebit(path)
-        weights = {slot: tensor.packed() for slot, tensor in file.tensors.items()}
-        return cls(
-            path=path,
-            architecture=file.architecture,
-            transformer=_core.model.Transformer(
-                file.architecture.spec,
-                weights,
-                activations=activations or file.activations,
-                kv=kv,
-                head=head,
-                threads=threads,
-                layout=layout,
-            ),
-            tokenizer=file.tokenizer,
-            eos_ids=file.architecture.eos_ids,
-        )
+        if loaded.chat_template is not None:
+            model.chat_template = loaded.chat_template
+        return model
 
     @classmethod
     def demo(
@@ -509,3 +471,17 @@ def _is_batch(prompt: object) -> bool:
     if not isinstance(prompt, Sequence):
         raise TypeError(f"[generate] a prompt is text or a sequence of token ids, got {type(prompt).__name__}")
     return bool(prompt) and isinstance(prompt[0], str | Sequence | np.ndarray)
+
+
+def _load_folder(path: Path) -> LoadedModel:
+    checkpoint = Checkpoint.open(path)
+    if not checkpoint.config:
+        raise FormatError(f"[load] '{path}' has no config.json; name the folder of a checkpoint")
+    architecture = read_architecture(checkpoint.config, where=str(path / "config.json"))
+    tokenizer = Tokenizer.from_folder(path)
+    return LoadedModel(
+        architecture=architecture,
+        weights=load_weights(checkpoint, architecture),
+        tokenizer=tokenizer,
+        eos_ids=find_eos_ids(path, architecture, tokenizer),
+    )

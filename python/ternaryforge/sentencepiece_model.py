@@ -7,7 +7,7 @@ scores and types, and how text is normalised before it is cut. Every length is c
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -58,6 +58,31 @@ class SentencePieceModel:
             return _parse_model(data)
         except FormatError as error:
             raise FormatError(f"[tokenizer] '{path}': {error}") from None
+
+    def to_bytes(self) -> bytes:
+        """The `tokenizer.model` of this model, as `read` reads it."""
+        rows = zip(self.pieces, self.scores, self.types, strict=True)
+        pieces = [_message({1: piece.encode(), 2: float(score), 3: int(kind)}) for piece, score, kind in rows]
+        none = (1 << 64) - 1  # -1
+        trainer: dict[int, int | bytes] = {
+            3: 2 if self.is_bpe else 1,
+            4: len(self.pieces),
+            35: int(self.byte_fallback),
+            40: self.unknown_id,
+            41: none if self.bos_id is None else self.bos_id,
+            42: none if self.eos_id is None else self.eos_id,
+            43: none,
+            44: self.unknown_text.encode(),
+        }
+        normalizer: dict[int, int | bytes] = {
+            1: b"identity" if not self.character_map else b"custom",
+            2: self.character_map,
+            3: int(self.add_dummy_prefix),
+            4: int(self.remove_extra_whitespaces),
+            5: 1,
+        }
+        messages = _message({2: _message(trainer), 3: _message(normalizer)})
+        return b"".join(_message({1: piece}) for piece in pieces) + messages
 
     def build(self) -> "tokenizers.Tokenizer":
         """The same tokenizer in the `tokenizers` package; it adds no special tokens by itself."""
@@ -253,6 +278,28 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise FormatError("is truncated or no SentencePiece model")
         yield key >> 3, data[position : position + length]
         position += length
+
+
+def _message(fields: Mapping[int, int | float | bytes]) -> bytes:
+    """A protobuf message: an int is a varint, a float four bytes, bytes come with their length."""
+    parts = []
+    for field, value in fields.items():
+        if isinstance(value, int):
+            parts += [_to_varint(field << 3), _to_varint(value)]
+        elif isinstance(value, float):
+            parts += [_to_varint(field << 3 | 5), struct.pack("<f", value)]
+        else:
+            parts += [_to_varint(field << 3 | 2), _to_varint(len(value)), value]
+    return b"".join(parts)
+
+
+def _to_varint(value: int) -> bytes:
+    data = bytearray()
+    while value >= 0x80:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

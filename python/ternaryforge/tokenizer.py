@@ -50,8 +50,8 @@ class Tokenizer:
     """The tokenizer of one model.
 
     `bos_id` is the token that starts every text, None where the tokenizer adds none. `eos_ids` are
-    the tokens after which a text ends. `kind` is "tokenizer.json", "sentencepiece", "tiktoken" or
-    "vocab.json" (with merges.txt).
+    the tokens after which a text ends. `kind` is "tokenizer.json", "sentencepiece", "tiktoken",
+    "vocab.json" (with merges.txt), "gguf gpt2" or "gguf llama".
     `leading_spaces` is how many spaces in front of a whole text are the tokenizer's own. `texts` are
     tokens that stand for another text than their name. `special_tokens` are the special tokens by
     name, `named_tokens` the names of `bos_token`, `eos_token` and the like, where it has them.
@@ -114,7 +114,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         names = _named_tokens(folder)
-        return cls._from_backend(
+        return cls.from_backend(
             backend,
             names,
             kind=JSON_FILE,
@@ -130,7 +130,7 @@ class Tokenizer:
         names = {"bos_token": known.bos_token, "eos_token": known.eos_token} | _named_tokens(folder)
         wants_bos = config.get("add_bos_token", True)
         bos_id = backend.token_to_id(names["bos_token"]) if wants_bos else None
-        return cls._from_backend(backend, names, kind="tiktoken", bos_id=bos_id)
+        return cls.from_backend(backend, names, kind="tiktoken", bos_id=bos_id)
 
     @classmethod
     def _from_vocab_and_merges(cls, folder: Path) -> Self:
@@ -139,10 +139,10 @@ class Tokenizer:
         names = _named_tokens(folder)
         wants_bos = config.get("add_bos_token", False) and "bos_token" in names
         bos_id = backend.token_to_id(names["bos_token"]) if wants_bos else None
-        return cls._from_backend(backend, names, kind=VOCAB_FILE, bos_id=bos_id)
+        return cls.from_backend(backend, names, kind=VOCAB_FILE, bos_id=bos_id)
 
     @classmethod
-    def _from_backend(
+    def from_backend(
         cls,
         backend: "tokenizers.Tokenizer",
         names: Mapping[str, str],
@@ -151,14 +151,19 @@ class Tokenizer:
         bos_id: int | None,
         byte_level: bool = True,
         leading_spaces: int = 0,
+        end_ids: Iterable[int] = (),
     ) -> Self:
+        """A tokenizer of the `tokenizers` package; `names` are those of its `bos_token`, `eos_token` and the like.
+
+        Texts end after the `eos_token` and after `end_ids`.
+        """
         special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         eos_id = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
         return cls(
             backend,
             kind=kind,
             bos_id=bos_id,
-            eos_ids=[] if eos_id is None else [eos_id],
+            eos_ids=[*end_ids, *([] if eos_id is None else [eos_id])],
             special_ids=special.values(),
             byte_level=byte_level,
             leading_spaces=leading_spaces,
@@ -169,11 +174,31 @@ class Tokenizer:
     @classmethod
     def _from_sentencepiece(cls, folder: Path) -> Self:
         model = SentencePieceModel.read(folder / MODEL_FILE)
-        backend = model.build()
         config = _config(folder)
-        wants_bos = config.get("add_bos_token", True)
+        return cls.from_sentencepiece_model(
+            model,
+            kind="sentencepiece",
+            bos_id=model.bos_id if config.get("add_bos_token", True) else None,
+            end_ids=[] if model.eos_id is None else [model.eos_id],
+            named_tokens=_named_tokens(folder),
+            legacy=bool(config.get("legacy")),
+        )
+
+    @classmethod
+    def from_sentencepiece_model(
+        cls,
+        model: SentencePieceModel,
+        *,
+        kind: str,
+        bos_id: int | None,
+        end_ids: Iterable[int],
+        named_tokens: Mapping[str, str],
+        legacy: bool = False,
+    ) -> Self:
+        """The tokenizer of a SentencePiece model; `legacy` puts a space behind special tokens."""
+        backend = model.build()
         leading_spaces = sys.maxsize if model.remove_extra_whitespaces else int(model.add_dummy_prefix)
-        control = [index for index, kind in enumerate(model.types) if kind is PieceType.CONTROL]
+        control = [index for index, piece_type in enumerate(model.types) if piece_type is PieceType.CONTROL]
         special = {model.pieces[index]: index for index in control}
         ends = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unknown_id}
         named = {name: model.pieces[index] for name, index in ends.items() if index is not None}
@@ -184,16 +209,16 @@ class Tokenizer:
 
         return cls(
             backend,
-            kind="sentencepiece",
-            bos_id=model.bos_id if wants_bos else None,
-            eos_ids=[] if model.eos_id is None else [model.eos_id],
+            kind=kind,
+            bos_id=bos_id,
+            eos_ids=end_ids,
             texts={model.unknown_id: model.unknown_text},
             special_ids=special.values(),
             byte_level=False,
             leading_spaces=leading_spaces,
             special_tokens=special,
-            named_tokens=named | _named_tokens(folder),
-            encode_continuation=encode_plain if config.get("legacy") else partial(model.encode_continuation, backend),
+            named_tokens=named | dict(named_tokens),
+            encode_continuation=encode_plain if legacy else partial(model.encode_continuation, backend),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -11,7 +11,20 @@ import sys
 
 import typer
 
-from ternaryforge.cli import bench, chat, convert, doctor, evaluate, generate, inspect, plan, verify
+from ternaryforge.cli import (
+    bench,
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    inspect,
+    plan,
+    validate,
+    verify,
+)
 from ternaryforge.cli.output import report_error
 
 app = typer.Typer(
@@ -23,9 +36,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("convert")(convert.command)
+app.command("export")(export.command)
+app.command("import")(import_.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)
+app.command("validate")(validate.command)
 app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
 app.command("plan")(plan.command)

@@ -15,7 +15,9 @@ from ternaryforge.cli.output import (
 
 
 def command(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A folder, a .safetensors file, or 'demo'.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A folder, a .safetensors, .gguf or .1bit file, or 'demo'.")
+    ],
     *,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -45,6 +47,7 @@ def command(
         rows["quantization"] = _in_words(found.quantization)
     if found.tokenizer is not None:
         rows["tokenizer"] = ", ".join(f"{k} {v}" for k, v in found.tokenizer.items())
+    rows |= found.engines
     if found.warnings:
         rows["warnings"] = "\n".join(found.warnings)
     print_table(rows)
