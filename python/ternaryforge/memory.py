@@ -11,14 +11,23 @@ _MEMINFO = Path("/proc/meminfo")
 _INTERVAL = 0.005  # seconds between two looks; one costs about 30 microseconds
 
 
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process ever had, mapped files included; None where it cannot be read."""
+    return _read("VmHWM:")
+
+
 def anonymous_bytes() -> int | None:
     """Memory that no file backs (heap, arrays, stacks; not mapped weights), None outside of Linux."""
+    return _read("RssAnon:")
+
+
+def _read(name: str) -> int | None:
     try:
         status = _STATUS.read_text(encoding="ascii")
     except OSError:
         return None
     for line in status.splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return None
 
