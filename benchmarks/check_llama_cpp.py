@@ -24,7 +24,11 @@ import ternaryforge as tf
 
 TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog. "
-    'One day, they saw a big red ball in the grass, and the dog ran to it. Lily laughed and said, "Good boy!"'
+    'One day, they saw a big red ball in the grass, and the dog ran to it. Lily laughed and said, "Good boy!" '
+    "A boy came and said that the ball was his. Lily was sad, but she gave it back. The boy smiled and asked her to "
+    "play with him. They threw the ball up and down the hill all day. When the sun went down, her mom called her home "
+    'for dinner. "I made a new friend today," said Lily. Her mom was very happy and gave her a big hug. That night, '
+    "Lily and her dog slept well, and they dreamed of the red ball. The next day, they went to the park again."
 )
 PROMPT = "Once upon a time"
 LEAST_TOP1, LEAST_TOP1_SMALLEST, MOST_KL = 0.97, 0.95, 0.01
@@ -77,7 +81,7 @@ def compare(source: str | Path, file: Path, *, text: str | None = TEXT) -> dict[
     return result
 
 
-def random_model(folder: Path, kind: str) -> Path:
+def random_model(folder: Path, kind: str, **changes: int) -> Path:
     """A small model with random weights from transformers, without a tokenizer."""
     import torch
     import transformers
@@ -86,7 +90,7 @@ def random_model(folder: Path, kind: str) -> Path:
     common = {
         "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
-    }  # fmt: skip
+    } | changes  # fmt: skip
     configs: dict[str, Callable[[], Any]] = {
         "llama": lambda: transformers.LlamaConfig(**common),
         "llama3-rope": lambda: transformers.LlamaConfig(
@@ -102,6 +106,7 @@ def random_model(folder: Path, kind: str) -> Path:
         ),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"}),
         "qwen3": lambda: transformers.Qwen3Config(**common),
+        "bitnet": lambda: transformers.BitNetConfig(**common, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2),
         "gemma": lambda: transformers.GemmaConfig(**common),
         "gemma2": lambda: transformers.Gemma2Config(**common, query_pre_attn_scalar=64, sliding_window=32),
         "gemma3": lambda: transformers.Gemma3TextConfig(**common, query_pre_attn_scalar=64, sliding_window=32),
@@ -132,6 +137,37 @@ def with_random_tokens(folder: Path, count: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<t257>", "bos_token": "<t258>"}))
 
 
+def silu_bitnet(source: Path, folder: Path) -> Path:
+    """1bitLLM's form of a folder of BitNetForCausalLM: other names of the sub-norms, SiLU."""
+    from safetensors.numpy import load_file, save_file
+
+    names = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}
+    folder.mkdir()
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        for old, new in names.items():
+            name = name.replace(old, new)  # noqa: PLW2901
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["BitnetForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def random_ternary(work: Path, kind: str, **changes: int) -> Path:
+    """A random model of `random_model`, or "bitnet-silu", with ternary weights and a tokenizer."""
+    source = work / kind
+    if kind == "bitnet-silu":
+        silu_bitnet(random_model(work / "silu-latents", "bitnet", **changes), source)
+    else:
+        random_model(source, kind, **changes)
+    with_random_tokens(source, 320)
+    # 1bitLLM's checkpoints are latents that are rounded in this way.
+    tf.convert(source, work / f"{kind}-ternary", scheme="absmean" if kind == "bitnet-silu" else "ls")
+    return work / f"{kind}-ternary"
+
+
 def main() -> int:
     """Runs everything and prints one line per file, and a JSON document at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -152,16 +188,17 @@ def main() -> int:
             cases += [(name, source, profile, {}, TEXT) for profile in ("upstream", "portable")]
         cases.append(("demo", "demo", "upstream", {"ternary_type": "TQ1_0", "head": "Q6_K"}, TEXT))
         cases.append(("demo", "demo", "upstream", {"ternary_type": "Q2_0", "head": "Q8_0"}, TEXT))
-        for kind in ("llama", "llama3-rope", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"):
-            source = random_model(work / kind, kind)
-            with_random_tokens(source, 320)
-            cases.append((f"random-{kind}", source, "upstream", {}, None))
-            tf.convert(source, work / f"{kind}-ternary")
-            cases.append((f"random-{kind}-ternary", work / f"{kind}-ternary", "upstream", {}, None))
-            cases.append((f"random-{kind}-ternary", work / f"{kind}-ternary", "portable", {}, None))
+        for kind in ("llama", "llama3-rope", "qwen2", "qwen3", "bitnet-silu", "gemma", "gemma2", "gemma3"):
+            ternary = random_ternary(work, kind)
+            if kind != "bitnet-silu":  # whose dense form would be latents
+                cases.append((f"random-{kind}", work / kind, "upstream", {}, None))
+            cases.append((f"random-{kind}-ternary", ternary, "upstream", {}, None))
+            cases.append((f"random-{kind}-ternary", ternary, "portable", {}, None))
         for index, (name, source, profile, extra, text) in enumerate(cases):
             report = tf.export(source, work / f"{index}.gguf", profile=profile, **extra)
-            found = compare(source, work / f"{index}.gguf", text=text)
+            # A head that was rounded on purpose is compared as the file has it.
+            ours = work / f"{index}.gguf" if "head" in extra else source
+            found = compare(ours, work / f"{index}.gguf", text=text)
             is_float = report.ternary_tensors == 0
             least = LEAST_TOP1_SMALLEST if "stories260k" in name or text is None else LEAST_TOP1
             least = 0.9 if text is None and not is_float else least

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are one file: GGUF and `.1bit`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ class LoadedModel:
     """All that makes a model. `activations`: what the file was made for, None where its quantisation tells."""
 
     architecture: Architecture
-    weights: Mapping[str, _core.formats.PackedTensor]
+    weights: dict[str, _core.formats.PackedTensor]
     tokenizer: Tokenizer | None
     eos_ids: Sequence[int]
     activations: Literal["int8", "float"] | None = None

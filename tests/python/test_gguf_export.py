@@ -13,6 +13,7 @@ import ternaryforge as tf
 from ternaryforge import FormatError
 from ternaryforge.gguf.profiles import PROFILES, padded_size, type_order
 from ternaryforge.gguf.reading import GgufSource
+from ternaryforge.inspection import inspect
 
 IDS = [257, 5, 90, 256, 40, 41, 200, 7, 8, 9, 10, 11]
 FAMILIES = [family for family in gguf_models.CLASSES if family != "bitnet"]
@@ -241,3 +242,17 @@ def test_how_much_is_padded() -> None:
     assert padded_size(order, 8640) == 8704  # 0.7 % for the fastest type
     assert padded_size(order, 172) == 192
     assert padded_size(order, 300) == 320
+
+
+def test_what_a_user_should_know(tmp_path: Path) -> None:
+    groups = gguf_models.write_model(tmp_path / "groups", "qwen3", GROUPS)
+    assert any("Q2_0 needs a build" in note for note in tf.export(groups, tmp_path / "a.gguf", threads=1).notes)
+    qwen3 = gguf_models.write_model(tmp_path / "qwen3", "qwen3")
+    report = tf.export(qwen3, tmp_path / "b.gguf", profile="bitnetcpp", threads=1)
+    assert report.notes == ("Builds of bitnet.cpp before July 2026 do not know the architecture 'qwen3'.",)
+    assert judged(tmp_path / "b.gguf", "bitnet.cpp").startswith("refuses")
+    assert tf.export(qwen3, tmp_path / "c.gguf", threads=1).notes == ()
+
+
+def judged(file: Path, engine: str) -> str:
+    return inspect(file).engines[engine]

@@ -12,7 +12,7 @@ from gguf_models import LLAMA_SHAPES, llama_metadata, write_gguf
 from typer.testing import CliRunner
 
 import ternaryforge as tf
-from ternaryforge import FormatError
+from ternaryforge import FormatError, _core
 from ternaryforge.cli import app
 from ternaryforge.inspection import inspect
 
@@ -180,3 +180,55 @@ def test_the_command_line(tmp_path: Path) -> None:
         result = runner.invoke(app, arguments)
         assert result.exit_code == 0, result.output
     assert "llama.cpp" in result.stdout
+
+
+def test_a_split_file(tmp_path: Path) -> None:
+    """The same model in one file and in two, by the name of either part."""
+    whole = write_gguf(tmp_path / "whole.gguf", llama_metadata())
+    tensors = list(_core.io.GgufFile(whole).tensors.values())
+    parts = [tmp_path / f"m-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for number, (part, chosen) in enumerate(zip(parts, (tensors[:5], tensors[5:]), strict=True)):
+        with _core.io.GgufWriter(part) as writer:
+            for key, (kind, value) in (llama_metadata() if number == 0 else {}).items():
+                writer.add_metadata(key, value, kind)
+            for key, value, kind in (("no", number, "uint16"), ("count", 2, "uint16"),
+                                     ("tensors.count", len(tensors), "int32")):  # fmt: skip
+                writer.add_metadata("split." + key, value, kind)
+            for tensor in chosen:
+                writer.add_tensor(tensor.name, tensor.shape, tensor.type_name)
+            for tensor in chosen:
+                writer.write(tensor.name, tensor.data)
+            writer.finish()
+    expected = tf.TernaryModel.from_pretrained(whole).logits([1, 2, 3])
+    for part in parts:
+        np.testing.assert_array_equal(tf.TernaryModel.from_pretrained(part).logits([1, 2, 3]), expected)
+    assert inspect(parts[0]).file_bytes == sum(part.stat().st_size for part in parts)
+    report = tf.import_gguf(parts[1], tmp_path / "folder")
+    assert report.exact
+    np.testing.assert_array_equal(tf.TernaryModel.from_pretrained(tmp_path / "folder").logits([1, 2, 3]), expected)
+    parts[1].unlink()
+    with pytest.raises((FormatError, OSError), match="m-00002-of-00002"):
+        tf.TernaryModel.from_pretrained(parts[0])
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    folder = gguf_models.write_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {
+            "name": "default",
+            "template": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+        },
+        {"name": "tool_use", "template": "tools {{ messages[0].content }}"},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tf.export(folder, tmp_path / "a.gguf", threads=1)
+    tf.import_gguf(tmp_path / "a.gguf", tmp_path / "back", threads=1)
+    messages = [{"role": "user", "content": "hé"}]
+    for path in (folder, tmp_path / "a.gguf", tmp_path / "back"):
+        model = tf.TernaryModel.from_pretrained(path)
+        template = model.require_chat_template()
+        assert template.render(messages) == "<s>[user]hé"
+        assert sorted(template.sources) == ["default", "tool_use"]
+        assert template.source("tool_use") == "tools {{ messages[0].content }}"
+        assert model.chat(messages, max_new_tokens=2).prompt_tokens == 1 + len("[user]hé".encode())

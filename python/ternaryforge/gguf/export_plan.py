@@ -24,6 +24,7 @@ from ternaryforge.gguf.profiles import (
     padded_size,
     refuse_architecture,
     type_order,
+    warn_of,
 )
 from ternaryforge.gguf.reading import Ternary
 from ternaryforge.gguf.vocabulary_writer import Entry, vocabulary_entries
@@ -90,6 +91,7 @@ class ExportPlan:
         self.tensors: list[Planned] = []
         for slot, (rows, cols) in slots.items():
             self._plan(slot, rows, cols)
+        self.notes += warn_of(profile, self.known, {tensor.type_name for tensor in self.tensors})
         factors = llama3_factors(source.config, where=source.where)
         if factors is not None:
             self.tensors.append(Planned(ROPE_FACTORS, None, 1, factors.size, "F32", is_vector=True, value=factors))

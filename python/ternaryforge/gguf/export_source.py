@@ -4,6 +4,7 @@
 import abc
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,13 @@ class ExportSource(abc.ABC):
         self.config = config
         self.architecture = architecture
 
-    @abc.abstractmethod
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, None where there is none."""
+        """The tokenizer, None where there is none; made once, since large ones take seconds."""
+        return self._read_tokenizer()
+
+    @abc.abstractmethod
+    def _read_tokenizer(self) -> Tokenizer | None: ...
 
     @abc.abstractmethod
     def vocabulary(self, pre: str | None) -> Vocabulary | None:
@@ -98,11 +103,11 @@ class _Folder(ExportSource):
         self._weights: Mapping[str, _core.formats.PackedTensor] = load_weights(checkpoint, architecture)
         self._threads = threads
 
-    def tokenizer(self) -> Tokenizer | None:
+    def _read_tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_folder(self.path)
 
     def vocabulary(self, pre: str | None) -> Vocabulary | None:
-        tokenizer = self.tokenizer()
+        tokenizer = self.tokenizer
         if tokenizer is None:
             return None
         ends = list(self.architecture.eos_ids)
@@ -187,7 +192,7 @@ class _GgufFile(ExportSource):
         config = {key: value for key, value in file.config.items() if value is not None}
         super().__init__(path, str(path), config, with_quantization(file.architecture, quantization))
 
-    def tokenizer(self) -> Tokenizer | None:
+    def _read_tokenizer(self) -> Tokenizer | None:
         return self._file.tokenizer()
 
     def vocabulary(self, pre: str | None) -> Vocabulary | None:

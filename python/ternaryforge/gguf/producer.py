@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ternaryforge import _core
+from ternaryforge.gguf.profiles import LATE_IN_BITNET_CPP
 
 VERSION = "ternaryforge.version"
 _ENGINES = ("llama.cpp", "ik_llama.cpp", "bitnet.cpp", "PrismML llama.cpp")
@@ -137,6 +138,8 @@ def _microsoft(facts: _Facts) -> tuple[str, str]:
         return "refuses", "It does not know the types of its tensors."
     if facts.has_scales:
         return "refuses", "It does not know the .scale tensors."
+    if facts.architecture in LATE_IN_BITNET_CPP:
+        return "refuses", f"Builds before July 2026 do not know the architecture '{facts.architecture}'."
     if facts.architecture in _BITNET_B158:
         reason = (
             "Right in x86 builds of April 2025 to about May 2026. Builds since July 2026 compute SiLU for a squared "

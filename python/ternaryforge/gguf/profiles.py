@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensor types a profile writes, and which of them holds a given ternary layer exactly."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +80,7 @@ PROFILES: dict[str, Profile] = {
     for known in (
         Profile("upstream", "llama.cpp", ("TQ2_0", "Q2_0", "Q4_0"), ("TQ1_0", "Q2_0"), sidecars=True),
         Profile("portable", "llama.cpp of any age, ik_llama.cpp, ollama, LM Studio", ("Q2_K", "Q4_0"), ("Q4_0",)),
-        Profile("ik", "ik_llama.cpp", ("IQ2_BN", "Q4_0"), ("IQ1_BN",), relu2=True),
+        Profile("ik", "ik_llama.cpp", ("IQ2_BN", "Q4_0"), ("IQ1_BN", "Q2_K"), relu2=True),
         Profile("bitnetcpp", "bitnet.cpp", ("I2_S", "Q4_0"), (), relu2=True),
         Profile("bonsai", "PrismML's llama.cpp", ("PQ2_0", "Q4_0"), ("Q2_0",)),
     )
@@ -87,6 +88,9 @@ PROFILES: dict[str, Profile] = {
 
 Scales = tuple[ScaleKind, int, NDArray[np.float32]]
 """Kind, group size and scales of a ternary layer."""
+
+LATE_IN_BITNET_CPP = frozenset({"qwen3", "gemma3"})
+"""Architectures that bitnet.cpp took over with a newer llama.cpp in July 2026."""
 
 _SMALL_PADDING = 8  # a first choice of type may make the feed-forward part larger by one part in so many
 
@@ -109,6 +113,19 @@ def refuse_architecture(profile: Profile, architecture: GgufArchitecture, *, tie
     if architecture.name.startswith("bitnet") and not tied:
         return "these engines take the embedding as the head of this architecture, but the model has a head of its own"
     return None
+
+
+def warn_of(profile: Profile, architecture: GgufArchitecture, types: Collection[str]) -> list[str]:
+    """What a user should know of a file with such an architecture and types, in whole sentences."""
+    notes = []
+    if profile.name == "bitnetcpp" and architecture.name in LATE_IN_BITNET_CPP:
+        notes.append(f"Builds of bitnet.cpp before July 2026 do not know the architecture '{architecture.name}'.")
+    if profile.name == "upstream" and "Q2_0" in types:
+        notes.append(
+            "Q2_0 needs a build of llama.cpp of 2026, and is slow on x86 CPUs: ternary_type 'Q4_0' (--type Q4_0) is "
+            "faster there, as exact, and twice as large."
+        )
+    return notes
 
 
 def type_order(profile: Profile, first: str | None) -> tuple[TernaryType, ...]:

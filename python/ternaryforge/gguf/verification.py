@@ -78,7 +78,7 @@ def _compare_floats(plan: ExportPlan, back: GgufSource, slot: str, threads: int)
 
 
 def _compare_tokenizers(plan: ExportPlan, back: GgufSource) -> None:
-    source, read = plan.source.tokenizer(), back.tokenizer()
+    source, read = plan.source.tokenizer, back.tokenizer()
     if source is None or read is None:
         return
     for probe in PROBES:
