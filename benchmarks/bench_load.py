@@ -13,42 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from ternaryforge import TernaryModel
-from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.machine import cpu_name
 from ternaryforge.memory import PeakAnonymous
-from ternaryforge.shapes import dense_values, random_codes, read_shape, shape_config
-from ternaryforge.weights import scale_name
+from ternaryforge.shapes import shape_config, write_random_checkpoint
 
 ROUNDS = 5
 MEMORY_LIMIT, SECONDS_LIMIT = 1.15, 2.0
-
-
-def make(folder: Path, shape: str) -> None:
-    """Writes the checkpoint: packed codes, bf16 scales, embedding and norms."""
-    architecture = read_shape(shape)
-    plan, slots = [], {}
-    for slot, (rows, cols) in architecture.spec.slots().items():
-        name = architecture.tensor_names[slot]
-        slots[name] = slot
-        if architecture.is_linear(slot):
-            plan += [TensorPlan(name, "U8", (rows // 4, cols)), TensorPlan(scale_name(name), "BF16", (1,))]
-        else:
-            plan.append(TensorPlan(name, "BF16", (cols,) if slot.endswith("_norm") else (rows, cols)))
-    generator = np.random.SFC64(0)
-    with CheckpointWriter(folder, plan) as writer:
-        for tensor in plan:
-            size = int(np.prod(tensor.shape))
-            if tensor.dtype == "U8":
-                values = random_codes(generator, size)
-            elif tensor.name in slots:
-                values = dense_values(generator, slots[tensor.name], size)
-            else:
-                values = np.array([0x3D00], np.uint16)  # 2^-5
-            writer.write(tensor.name, values.reshape(tensor.shape))
-        writer.write_json("config.json", shape_config(shape))
 
 
 def main() -> int:
@@ -56,7 +27,7 @@ def main() -> int:
     shape = sys.argv[1] if len(sys.argv) > 1 else "bitnet-2b-4t"
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as temporary:
         folder = Path(temporary) / "model"
-        make(folder, shape)
+        write_random_checkpoint(shape_config(shape), folder)
         seconds, growth, weight_bytes = [], 0, 0
         for _ in range(ROUNDS + 1):
             start = time.perf_counter()

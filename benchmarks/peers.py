@@ -2,16 +2,18 @@
 """Runs the same shape here, in llama.cpp, and in other engines, taking turns; prints the ratios.
 
 Usage: python benchmarks/peers.py [--shape bitnet-2b-4t] [--threads 2] [--context 0] [--measure decode,prefill]
-           [--types TQ2_0,TQ1_0] [--bitnet LLAMA_BENCH] [--ik LLAMA_BENCH] [--targets avx512-vnni,avx2]
-           [--prompt-tokens 128] [--tokens 24] [--rounds 5] [--seconds 60] [--folder FOLDER] [--output FILE.json]
+           [--types TQ2_0,I2_S,IQ2_BN-repacked] [--bitnet LLAMA_BENCH] [--ik LLAMA_BENCH] [--targets avx512-vnni,avx2]
+           [--head int6] [--kv f16] [--prompt-tokens 128] [--tokens 24] [--rounds 5] [--seconds 60]
+           [--folder FOLDER] [--output FILE.json]
 
 Needs the gguf package, and llama-cpp-python built for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON).
 LLAMA_BENCH is the program of that name of a build of bitnet.cpp or ik_llama.cpp: I2_S runs in the
-first, IQ2_BN (also repacked as it loads) and IQ2_BN_R4 in the second; without its option an engine
-is left out. Files have random codes and a Q6_K head and are kept in FOLDER (a temporary one by
-default). A turn is TOKENS decoded tokens, and one prompt; turns stop after ROUNDS rounds, or when
-SECONDS have passed and each engine has had two. Figures are medians over all turns. A run is added
-to those that FILE.json already holds.
+first, IQ2_BN, IQ2_BN-repacked (all matrices, as they are loaded) and IQ2_BN_R4 in the second. TYPES
+are TQ2_0 and all of the programs that are named, if not told otherwise. Files have random codes and
+a Q6_K head and are kept in FOLDER (a temporary one by default); here the head has 6 bits, and keys
+and values 16, as in the others. A turn is TOKENS decoded tokens, and one prompt; turns stop after
+ROUNDS rounds, or when SECONDS have passed and each engine has had two. Figures are medians over all
+turns. A run is added to those that FILE.json already holds.
 """
 
 import argparse
@@ -110,7 +112,7 @@ class Ours(Engine):
     def forward(self, ids: NDArray[np.int32]) -> int:
         """Runs the transformer."""
         _core.simd.use_target(self.target)
-        return int(self.transformer.forward([(ids, self.state)])[0].argmax())
+        return self.transformer.likeliest_tokens([(ids, self.state)])[0]
 
     def truncate(self, length: int) -> None:
         """Drops blocks of the cache."""
@@ -186,27 +188,24 @@ def prompt(count: int) -> NDArray[np.int32]:
 def open_engines(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All engines that were asked for, by name; ours first."""
     context_length = options.context + max(options.prompt_tokens, options.tokens) + 64
-    build = build_shape(options.shape, context_length=context_length)
+    build = build_shape(options.shape, context_length=context_length, head=options.head, kv=options.kv)
     engines: dict[str, Any] = {}
     for target in options.targets:  # each chooses its layout
         _core.simd.use_target(target)
         name = f"ternaryforge {target}" if len(options.targets) > 1 else "ternaryforge"
         engines[name] = Ours(build(options.threads), target)
     programs = {"bitnet.cpp": options.bitnet, "ik_llama.cpp": options.ik}
-    kinds = [*options.types, *(kind for kind, layout in LAYOUTS.items() if programs.get(layout.engine))]
-    for kind in kinds:
-        path = folder / f"{options.shape}-{kind}.gguf"
+    for kind in options.types:
+        layout, _, repacked = kind.partition("-")
+        engine = LAYOUTS[layout].engine
+        path = folder / f"{options.shape}-{layout}.gguf"
         if not path.exists():
-            write_gguf(path, options.shape, kind)
-        engine = LAYOUTS[kind].engine
+            write_gguf(path, options.shape, layout)
         if engine == "llama.cpp":
             engines[f"{engine} {kind}"] = LlamaCpp(path, threads=options.threads, context_length=context_length)
-            continue
-        for suffix, extra in (("", []), (" repacked", ["-rtr", "1"])):
-            if not suffix or kind == "IQ2_BN":
-                engines[f"{engine} {kind}{suffix}"] = Bench(
-                    programs[engine], path, threads=options.threads, extra=extra
-                )
+        else:
+            extra = ["-rtr", "1"] if repacked else []
+            engines[f"{engine} {kind}"] = Bench(programs[engine], path, threads=options.threads, extra=extra)
     return engines
 
 
@@ -238,8 +237,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=_core.parallel.default_threads())
     parser.add_argument("--context", type=int, default=0)
     parser.add_argument("--measure", type=lambda text: text.split(","), default=list(MEASURES))
-    parser.add_argument("--types", type=lambda text: [part for part in text.split(",") if part], default=["TQ2_0"])
+    parser.add_argument("--types", type=lambda text: text.split(","))
     parser.add_argument("--targets", type=lambda text: text.split(","), default=[_core.simd.active_target()])
+    parser.add_argument("--head", choices=["exact", "int8", "int6", "int4"], default="int6")
+    parser.add_argument("--kv", choices=["f32", "f16", "int8"], default="f16")
     parser.add_argument("--bitnet", type=Path)
     parser.add_argument("--ik", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -251,8 +252,13 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.measure or set(options.measure) - set(MEASURES):
         parser.error(f"--measure is some of {','.join(MEASURES)}")
-    if any(kind not in LAYOUTS or LAYOUTS[kind].engine != "llama.cpp" for kind in options.types):
-        parser.error("--types are some of TQ2_0,TQ1_0")
+    allowed = ["TQ2_0", "TQ1_0"]
+    allowed += ["I2_S"] if options.bitnet else []
+    allowed += ["IQ2_BN", "IQ2_BN-repacked", "IQ2_BN_R4"] if options.ik else []
+    if options.types is None:
+        options.types = [kind for kind in allowed if kind != "TQ1_0"]
+    if set(options.types) - set(allowed):
+        parser.error(f"--types are some of {','.join(allowed)}; I2_S needs --bitnet, IQ2_BN --ik")
     return options
 
 
@@ -276,7 +282,9 @@ def main() -> int:
         "context": options.context,
         "prompt_tokens": options.prompt_tokens,
         "tokens": options.tokens,
-        "layout": ours.layout,
+        "layouts": {name: engine.transformer.layout for name, engine in engines.items() if isinstance(engine, Ours)},
+        "head": ours.head,
+        "kv": ours.kv,
         "weight_bytes_per_token": ours.token_bytes,
         "kv_bytes_per_token": ours.kv_bytes_per_token * options.context,
         "results": results,

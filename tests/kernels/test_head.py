@@ -251,3 +251,19 @@ def test_candidates_fall_back_to_all_logits() -> None:
         np.testing.assert_array_equal(logits, row)
     with pytest.raises(ValueError, match="two-stage head is of finite floats"):
         _core.kernels.TwoStageHead(float_tensor(np.full((2, 2), np.nan, np.float32)))
+
+
+# Relative errors of llama.cpp 0.3.36's own Q6_K on the same weights (ggml_quantize_chunk, gguf.dequantize).
+@pytest.mark.parametrize(("weights", "of_q6_k"), [("normal", 0.017762), ("student", 0.023086), ("laplace", 0.021717)])
+def test_six_bits_are_no_less_exact_than_q6_k(weights: str, of_q6_k: float) -> None:
+    generator = np.random.default_rng(0)
+    values = {
+        "normal": lambda: generator.normal(size=(96, 2560)) * 0.03,
+        "student": lambda: generator.standard_t(4, size=(96, 2560)) * 0.02,
+        "laplace": lambda: generator.laplace(size=(96, 2560)) * 0.02,
+    }[weights]()
+    bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    stored = (bits.astype(np.uint32) << 16).view(np.float32)
+    head = QuantizedHead(PackedTensor("bf16", *bits.shape, bits), 6, threads=2)
+    error = np.sqrt(np.mean(np.square(head.rows - stored)) / np.mean(np.square(stored)))
+    assert 0 < error < of_q6_k
