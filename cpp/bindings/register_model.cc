@@ -94,6 +94,54 @@ std::vector<int32_t> LikeliestTokens(
   return transformer.LikeliestTokens(items);
 }
 
+py::array_t<float> EmbedTokens(Transformer& transformer, const py::array& tokens) {
+  const std::span<const int32_t> ids = TakeArray<int32_t>(tokens, 1, "embed", "tokens");
+  auto out = py::array_t<float>({ids.size(), transformer.spec().hidden_size});
+  const std::span<float> hidden = SpanOf(out);
+  const py::gil_scoped_release release;
+  transformer.EmbedTokens(ids, hidden);
+  return out;
+}
+
+py::tuple ForwardBlock(Transformer& transformer, size_t layer, const py::array& hidden,
+                       const std::vector<std::string>& tapped) {
+  const std::span<const float> before = TakeArray<float>(hidden, 2, "forward_block", "hidden");
+  const ModelSpec& spec = transformer.spec();
+  Check(layer < spec.layers.size(), "[forward_block] the model has ", spec.layers.size(),
+        " layers, got layer ", layer);
+  const size_t tokens = ShapeOf(hidden)[0];
+  Check(ShapeOf(hidden)[1] == spec.hidden_size, "[forward_block] hidden is [tokens, ",
+        spec.hidden_size, "], got [", tokens, ", ", ShapeOf(hidden)[1], "]");
+  auto after = py::array_t<float>({tokens, spec.hidden_size});
+  const std::span<float> result = SpanOf(after);
+  py::dict copies;
+  Taps taps;
+  const LayerSpec& shape = spec.layers[layer];
+  for (const std::string& name : tapped) {
+    const auto copy = [&](size_t cols) {
+      auto values = py::array_t<float>({tokens, cols});
+      copies[py::str(name)] = values;
+      return SpanOf(values);
+    };
+    if (name == "query") {
+      taps.query = copy(spec.hidden_size);
+    } else if (name == "output") {
+      taps.output = copy(shape.heads * shape.head_dim);
+    } else if (name == "up") {
+      taps.up = copy(spec.hidden_size);
+    } else {
+      Check(name == "down", "[forward_block] a tap is query, output, up or down, got '", name, "'");
+      taps.down = copy(shape.ffn_size);
+    }
+  }
+  {
+    const py::gil_scoped_release release;
+    std::copy(before.begin(), before.end(), result.begin());
+    transformer.ForwardBlock(layer, result, taps);
+  }
+  return py::make_tuple(after, copies);
+}
+
 py::dict PartSeconds(Transformer& transformer) {
   py::dict seconds;
   seconds["matmul"] = transformer.SecondsOf(Part::kMatmul);
@@ -280,6 +328,20 @@ void register_model(py::module_& model) {
            py::call_guard<py::gil_scoped_release>(),
            "Starts, from zero, or ends adding up where the time of forward passes goes.")
       .def("part_seconds", &PartSeconds, "Seconds since time_parts by part of the forward pass.")
+      .def("embed", &EmbedTokens, py::arg("tokens"),
+           "The residual stream at the start of one sequence: [tokens, hidden_size].")
+      .def("forward_block", &ForwardBlock, py::arg("layer"), py::arg("hidden"), py::kw_only(),
+           py::arg("taps") = std::vector<std::string>(),
+           "One layer on one whole sequence: the residual stream behind it, and by name what the "
+           "linear layers saw.")
+      .def("replace_linear", &Transformer::ReplaceLinear, py::arg("slot"), py::arg("tensor"),
+           py::call_guard<py::gil_scoped_release>(), "Another matrix for layers.I.NAME.")
+      .def(
+          "replace_norm",
+          [](Transformer& t, const std::string& slot, const py::array& weight) {
+            t.ReplaceNorm(slot, TakeArray<float>(weight, 1, "replace", "weight"));
+          },
+          py::arg("slot"), py::arg("weight"), "Other weights for a norm of a layer.")
       .def("forward", &Forward, py::arg("batch"), py::kw_only(), py::arg("logits") = "last",
            "Appends tokens to sequences; logits [sequences or tokens, vocab].")
       .def("likeliest_tokens", &LikeliestTokens, py::arg("batch"),

@@ -15,6 +15,8 @@
 #include "base/parallel.h"
 #include "bindings/array.h"
 #include "bindings/registers.h"
+#include "quant/calibrator.h"
+#include "quant/descent.h"
 #include "quant/find_ternary.h"
 #include "quant/packer.h"
 
@@ -82,6 +84,78 @@ py::object PyFindTernary(const py::array& weights, size_t group_size, size_t thr
   return py::make_tuple(KindName(found->kind), trits, scales);
 }
 
+// `sums` is changed in place.
+template <typename Value>
+std::span<Value> TakeWritable(py::array& array, size_t rank, const char* op, const char* name) {
+  const std::span<const Value> values =
+      TakeArray<Value>(array, static_cast<py::ssize_t>(rank), op, name);
+  Check(array.writeable(), "[", op, "] ", name, " must be writeable");
+  return {static_cast<Value*>(array.mutable_data()), values.size()};
+}
+
+void PySumMoments(const py::array& a, const py::object& b, py::array& sums, size_t threads) {
+  const std::span<const float> values = TakeArray<float>(a, 2, "second_moments", "activations");
+  const std::span<double> total = TakeWritable<double>(sums, 2, "second_moments", "sums");
+  const size_t cols = ShapeOf(a)[1];
+  const Team team(threads);
+  if (b.is_none()) {
+    const py::gil_scoped_release release;
+    SumSecondMoments(values, cols, team, total);
+    return;
+  }
+  const auto other = b.cast<py::array>();
+  const std::span<const float> others = TakeArray<float>(other, 2, "second_moments", "b");
+  const size_t other_cols = ShapeOf(other)[1];
+  const py::gil_scoped_release release;
+  SumCrossMoments(values, cols, others, other_cols, team, total);
+}
+
+py::tuple PyRoundWithFeedback(const py::array& target, const py::object& factor,
+                              const py::array& importance, std::string_view rule_name,
+                              std::string_view scale, size_t group_size, float tensor_scale,
+                              size_t threads) {
+  const std::span<const double> values = TakeArray<double>(target, 2, "calibrate", "target");
+  const std::span<const double> weights =
+      TakeArray<double>(importance, 1, "calibrate", "importance");
+  std::span<const double> factors;
+  py::array kept;
+  if (!factor.is_none()) {
+    kept = factor.cast<py::array>();
+    factors = TakeArray<double>(kept, 2, "calibrate", "factor");
+  }
+  const size_t rows = ShapeOf(target)[0], cols = ShapeOf(target)[1];
+  const ScaleRule rule = ScaleRuleFromName(rule_name);
+  const ScaleKind kind = KindFromName(scale);
+  const size_t count = ScaleCount(kind, group_size, rows, cols);
+  const Team team(threads);
+  py::array_t<int8_t> trits({rows, cols});
+  py::array_t<float> scales = NewScales(kind, count, rows);
+  if (kind == ScaleKind::kTensor) *scales.mutable_data() = tensor_scale;
+  const std::span<int8_t> trit_span = SpanOf(trits);
+  const std::span<float> scale_span = SpanOf(scales);
+  {
+    const py::gil_scoped_release release;
+    RoundWithFeedback(values, rows, cols, factors, weights, rule, kind, group_size, team, trit_span,
+                      scale_span);
+  }
+  return py::make_tuple(trits, scales);
+}
+
+void PyDescend(const py::array& target, const py::array& moments, py::array& trits,
+               py::array& scales, std::string_view scale, size_t group_size, size_t rounds,
+               size_t sweeps, size_t threads) {
+  const std::span<const double> values = TakeArray<double>(target, 2, "calibrate", "target");
+  const std::span<const double> sums = TakeArray<double>(moments, 2, "calibrate", "moments");
+  const ScaleKind kind = KindFromName(scale);
+  const std::span<int8_t> trit_span = TakeWritable<int8_t>(trits, 2, "calibrate", "trits");
+  const std::span<float> scale_span =
+      TakeWritable<float>(scales, kind == ScaleKind::kGroup ? 2 : 1, "calibrate", "scales");
+  const size_t rows = ShapeOf(target)[0], cols = ShapeOf(target)[1];
+  const Team team(threads);
+  const py::gil_scoped_release release;
+  Descend(values, rows, cols, sums, kind, group_size, rounds, sweeps, team, trit_span, scale_span);
+}
+
 }  // namespace
 
 void register_quant(py::module_& quant) {
@@ -95,6 +169,18 @@ void register_quant(py::module_& quant) {
       py::arg("group_size") = 128, py::arg("threads") = 1,
       "The coarsest scale kind, trits and exact scales of weights that already are ternary, or "
       "None.");
+  quant.def("sum_moments", &PySumMoments, py::arg("a"), py::arg("b"), py::arg("sums"),
+            py::kw_only(), py::arg("threads") = 1,
+            "sums += a^T a, or a^T b where b is given; float32 [tokens, cols] into float64.");
+  quant.def("round_with_feedback", &PyRoundWithFeedback, py::arg("target"), py::arg("factor"),
+            py::arg("importance"), py::kw_only(), py::arg("rule"), py::arg("scale"),
+            py::arg("group_size") = 128, py::arg("tensor_scale") = 1.0f, py::arg("threads") = 1,
+            "Float64 targets to trits and fp16-exact scales, each column minding the errors of "
+            "those on its left.");
+  quant.def("descend", &PyDescend, py::arg("target"), py::arg("moments"), py::arg("trits"),
+            py::arg("scales"), py::kw_only(), py::arg("scale"), py::arg("group_size") = 128,
+            py::arg("rounds") = 4, py::arg("sweeps") = 4, py::arg("threads") = 1,
+            "Moves trits and scales, in place, to a smaller error.");
 }
 
 }  // namespace tf

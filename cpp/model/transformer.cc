@@ -205,6 +205,12 @@ void Transformer::Prepare(size_t token, size_t tokens, size_t cols) {
   input_.Quantize(mode_, token, tokens, cols);
 }
 
+// Leaves a copy of row `token` of the input where a tap asks for it.
+void Transformer::Tap(std::span<float> Taps::* tap, size_t token, size_t cols) {
+  if (taps_ == nullptr || (taps_->*tap).empty()) return;
+  std::copy_n(input_.Row(token), cols, (taps_->*tap).data() + (tapped_ + token) * cols);
+}
+
 // The weights may be empty: no norm.
 void Transformer::Norm(const NormWeights& weights, const float* x, float* out) const {
   const AlignedArray<float>&weight = weights.weight, &bias = weights.bias;
@@ -253,6 +259,8 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
 
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_norm, hidden_[t], input_.Row(t));
+    Tap(&Taps::query, t, hidden);
+    if (layer.parallel) Tap(&Taps::up, t, hidden);
     Prepare(t, tokens, hidden);
   }
   const Product projections[kMaxProducts] = {{&weights.query, &query_},
@@ -272,6 +280,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
   clock_.Mark(worker, Part::kAttention);
   for (size_t t = share.begin; t < share.end; ++t) {
     Norm(weights.attention_sub_norm, input_.Row(t), input_.Row(t));
+    Tap(&Taps::output, t, QuerySize(layer));
     Prepare(t, tokens, QuerySize(layer));
   }
   const Product output[] = {{&weights.output, &delta_}};
@@ -282,6 +291,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
     Add(delta_[t], layer.residual_scale, hidden, hidden_[t]);
     if (layer.parallel) continue;
     Norm(weights.ffn_norm, hidden_[t], input_.Row(t));
+    Tap(&Taps::up, t, hidden);
     Prepare(t, tokens, hidden);
   }
   if (!layer.parallel) RunProducts(worker, ffn, tokens);
@@ -295,6 +305,7 @@ void Transformer::RunLayer(Worker& worker, size_t index, std::span<const Positio
       activate(up_[t], ones_.data(), layer.ffn_size, input_.Row(t));
     }
     Norm(weights.ffn_sub_norm, input_.Row(t), input_.Row(t));
+    Tap(&Taps::down, t, layer.ffn_size);
     Prepare(t, tokens, layer.ffn_size);
   }
   const Product down[] = {{&weights.down, &delta_}};
@@ -318,7 +329,7 @@ void Transformer::FinishProjections(size_t index, const Position& position, size
   const size_t pairs = layer.rotation.size();
   float* cos = angles_[row];
   float* sin = cos + pairs;
-  if (index == 0 || !SameRotation(layer, spec_.layers[index - 1])) {
+  if (index == first_layer_ || !SameRotation(layer, spec_.layers[index - 1])) {
     for (size_t i = 0; i < pairs; ++i) {
       const float angle = static_cast<float>(position.position) * layer.rotation[i];
       cos[i] = std::cos(angle) * layer.rotation_scale;

@@ -49,6 +49,13 @@ struct BatchItem {
 // The tokens of one forward pass, in the order of the items.
 using TokenBatch = std::span<const BatchItem>;
 
+// Where a block leaves copies of what its linear layers see, [tokens, cols] each, before it is
+// quantized; empty where nobody asks. `up` sees what `gate` sees, and in a parallel layer what
+// `query` sees.
+struct Taps {
+  std::span<float> query, output, up, down;
+};
+
 class Transformer {
  public:
   // Tokens that go through the layers together. Longer batches are cut; the result does not depend
@@ -88,6 +95,21 @@ class Transformer {
   // an empty item, a state of another model or twice the same, or a sequence that would outgrow the
   // context. Calls from several threads take turns.
   void Forward(TokenBatch batch, LogitsWanted wanted, std::span<float> logits);
+
+  // The residual stream at the start of one sequence: `hidden` is [tokens, hidden_size]. Throws
+  // like Forward.
+  void EmbedTokens(std::span<const int32_t> tokens, std::span<float> hidden);
+
+  // Runs one layer alone on the whole of one sequence: the residual stream in and out of it in
+  // `hidden`, [tokens, hidden_size]. Throws std::invalid_argument for a layer that does not exist,
+  // sizes that do not match, or more tokens than the context holds.
+  void ForwardBlock(size_t layer, std::span<float> hidden, const Taps& taps);
+
+  // Puts another matrix in the place of "layers.I.NAME", of the same shape; a ternary one is
+  // repacked. An adapter and a bias stay. Throws std::invalid_argument for any other slot.
+  void ReplaceLinear(const std::string& slot, PackedTensor tensor);
+  // Puts other weights (the offset of the model is added) in the place of a norm of a layer.
+  void ReplaceNorm(const std::string& slot, std::span<const float> weight);
 
   // Starts (from zero) or ends adding up where the time of forward passes goes.
   void TimeParts(bool on);
@@ -145,6 +167,7 @@ class Transformer {
   void Embed(const Position& position, size_t row);
   void Norm(const NormWeights& weights, const float* x, float* out) const;
   void Prepare(size_t token, size_t tokens, size_t cols);
+  void Tap(std::span<float> Taps::* tap, size_t token, size_t cols);
 
   ModelSpec spec_;
   Team team_;
@@ -156,6 +179,9 @@ class Transformer {
   TwoStageHead two_stage_head_;
   std::mutex mutex_;
   PartClock clock_;
+  size_t first_layer_ = 0;      // of the pass under way
+  const Taps* taps_ = nullptr;  // of the block under way
+  size_t tapped_ = 0;           // tokens before the slice under way
 
   // Workspace for kMaxTokens tokens.
   struct Rows {

@@ -19,6 +19,44 @@ std::array<const Linear*, 7> Linears(const LayerWeights& layer) {
           &layer.gate,  &layer.up,  &layer.down};
 }
 
+template <typename Part>
+struct Place {
+  const char* name;
+  Part LayerWeights::* part;
+};
+
+constexpr Place<Linear> kLinears[] = {
+    {"query", &LayerWeights::query}, {"key", &LayerWeights::key},
+    {"value", &LayerWeights::value}, {"output", &LayerWeights::output},
+    {"gate", &LayerWeights::gate},   {"up", &LayerWeights::up},
+    {"down", &LayerWeights::down},
+};
+constexpr Place<NormWeights> kNorms[] = {
+    {"attention_norm", &LayerWeights::attention_norm},
+    {"query_norm", &LayerWeights::query_norm},
+    {"key_norm", &LayerWeights::key_norm},
+    {"attention_sub_norm", &LayerWeights::attention_sub_norm},
+    {"attention_post_norm", &LayerWeights::attention_post_norm},
+    {"ffn_norm", &LayerWeights::ffn_norm},
+    {"ffn_sub_norm", &LayerWeights::ffn_sub_norm},
+    {"ffn_post_norm", &LayerWeights::ffn_post_norm},
+};
+
+// "layers.I.NAME" with NAME of the table.
+template <typename Part, size_t kSize>
+Part& Find(const Place<Part> (&table)[kSize], std::vector<LayerWeights>& layers,
+           const std::string& slot) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const std::string prefix = StrCat("layers.", i, ".");
+    if (!slot.starts_with(prefix)) continue;
+    for (const auto& [name, part] : table) {
+      if (slot.substr(prefix.size()) == name) return layers[i].*part;
+    }
+  }
+  throw std::invalid_argument(StrCat("[replace] the model has no ", table[0].name,
+                                     " or the like by the name '", slot, "'"));
+}
+
 class Taker {
  public:
   Taker(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors, Adapters adapters,
@@ -123,6 +161,10 @@ size_t ModelWeights::MaxRank() const {
   }
   return rank;
 }
+
+Linear& ModelWeights::LinearAt(const std::string& slot) { return Find(kLinears, layers, slot); }
+
+NormWeights& ModelWeights::NormAt(const std::string& slot) { return Find(kNorms, layers, slot); }
 
 size_t ModelWeights::Parameters() const {
   size_t parameters = 0;

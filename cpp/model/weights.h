@@ -61,6 +61,10 @@ struct ModelWeights {
   size_t MaxRank() const;
   // Weights of the layers' matrices.
   size_t Parameters() const;
+
+  // The linear layer or the norm "layers.I.NAME". Throws std::invalid_argument where there is none.
+  Linear& LinearAt(const std::string& slot);
+  NormWeights& NormAt(const std::string& slot);
 };
 
 // Which run-time tiles the layers' ternary matrices become, given how many weights they have; see

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 class FormatError(ValueError): ...
 
 Float32: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
 Int8: TypeAlias = NDArray[np.int8]
 Int16: TypeAlias = NDArray[np.int16]
 Int32: TypeAlias = NDArray[np.int32]
@@ -253,6 +254,34 @@ class quant:
     def find_ternary(
         weights: Float32, *, group_size: int = 128, threads: int = 1
     ) -> tuple[Literal["tensor", "row", "group"], Int8, Float32] | None: ...
+    @staticmethod
+    def sum_moments(a: Float32, b: Float32 | None, sums: Float64, *, threads: int = 1) -> None: ...
+    # sums [cols, cols] += a^T a, or [cols_a, cols_b] += a^T b; ValueError for NaN and infinity
+    @staticmethod
+    def round_with_feedback(
+        target: Float64,  # [rows, cols]
+        factor: Float64 | None,  # upper triangular R, second moments = R R^T; None: plain rounding
+        importance: Float64,  # [cols], above 0: what an error of a column weighs where a scale is chosen
+        *,
+        rule: Literal["fit", "grid", "absmean", "twn"],
+        scale: Literal["tensor", "row", "group"],
+        group_size: int = 128,
+        tensor_scale: float = 1.0,  # given under "tensor"
+        threads: int = 1,
+    ) -> tuple[Int8, Float32]: ...  # trits [rows, cols]; scales, fp16-exact but under "tensor"
+    @staticmethod
+    def descend(
+        target: Float64,
+        moments: Float64,  # [cols, cols]
+        trits: Int8,  # changed in place
+        scales: Float32,  # changed in place but under "tensor"
+        *,
+        scale: Literal["tensor", "row", "group"],
+        group_size: int = 128,
+        rounds: int = 4,
+        sweeps: int = 4,
+        threads: int = 1,
+    ) -> None: ...
 
 class model:
     class LayerSpec:
@@ -374,6 +403,13 @@ class model:
         def likeliest_tokens(self, batch: Sequence[tuple[Int32, model.SequenceState]]) -> list[int]: ...
         # forward, and the likeliest next token of each sequence: the first of several
         def part_seconds(self) -> dict[str, float]: ...  # of "matmul", "head", "attention", "rest"
+        def embed(self, tokens: Int32) -> Float32: ...  # the start of one sequence, [tokens, hidden_size]
+        def forward_block(
+            self, layer: int, hidden: Float32, *, taps: Sequence[Literal["query", "output", "up", "down"]] = ...
+        ) -> tuple[Float32, dict[str, Float32]]: ...
+        # one layer on one whole sequence: hidden [tokens, hidden_size] behind it, and what the named linears saw
+        def replace_linear(self, slot: str, tensor: formats.PackedTensor) -> None: ...  # ValueError: slot or shape
+        def replace_norm(self, slot: str, weight: Float32) -> None: ...
         def forward(
             self,
             batch: Sequence[tuple[Int32, model.SequenceState]],

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibrator against NumPy: moments, scales by exhaustive search, feedback by brute force and as GPTQ writes it."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ternaryforge import _core
+
+Float32, Float64 = NDArray[np.float32], NDArray[np.float64]
+Trits = NDArray[np.int8]
+
+
+def make_moments(random: np.random.Generator, cols: int) -> Float64:
+    """Correlated inputs, as activations are."""
+    x = random.normal(size=(4 * cols, cols)) @ random.normal(size=(cols, cols)) / np.sqrt(cols)
+    x += random.normal(size=(4 * cols, 1))
+    return x.T @ x / len(x) + 0.01 * np.eye(cols)
+
+
+def factor_of(moments: Float64) -> Float64:
+    """R upper triangular with R R^T = moments."""
+    return np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1])
+
+
+def dequantized(trits: Trits, scales: Float32, run: int) -> Float64:
+    rows, cols = trits.shape
+    return trits * np.repeat(scales.astype(np.float64).reshape(rows, -1), run, 1)[:, :cols]
+
+
+def error_of(target: Float64, weights: Float64, moments: Float64) -> Float64:
+    rest = target - weights
+    return ((rest @ moments) * rest).sum(-1)
+
+
+def stored(scale: float) -> float:
+    return float(max(np.float16(scale), np.float16(2**-24))) if scale > 0 else 0.0
+
+
+def best_scale(sizes: Float64, importance: Float64) -> float:
+    """Exhaustive: the weighted least-squares scale of every one of the 2^n supports."""
+    found, least = 0.0, np.inf
+    for support in itertools.product([0.0, 1.0], repeat=len(sizes)):
+        taken = np.array(support) * importance
+        scale = (taken @ sizes) / taken.sum() if taken.sum() else 0.0
+        error = importance @ (sizes - scale * np.array(support)) ** 2
+        if error < least - 1e-12:
+            found, least = scale, error
+    return found
+
+
+def gptq(target: Float64, moments: Float64, importance: Float64, group: int) -> tuple[Trits, Float32]:
+    """As the paper writes it: the upper Cholesky factor of the inverse, weights changed in place."""
+    upper = np.linalg.cholesky(np.linalg.inv(moments)).T
+    weights = target.copy()
+    rows, cols = target.shape
+    trits = np.zeros(target.shape, np.int8)
+    scales = np.zeros((rows, -(-cols // group)), np.float32)
+    for begin in range(0, cols, group):
+        run = slice(begin, min(cols, begin + group))
+        for row in range(rows):
+            size, h = np.abs(weights[row, run]), importance[run]
+            order = np.argsort(-size, kind="stable")
+            sums, mass = np.cumsum((h * size)[order]), np.cumsum(h[order])
+            best = int(np.argmax(sums**2 / mass))
+            scales[row, begin // group] = stored(sums[best] / mass[best])
+        for k in range(run.start, run.stop):
+            scale = scales[:, begin // group].astype(np.float64)
+            trits[:, k] = (weights[:, k] > scale / 2).astype(int) - (weights[:, k] < -scale / 2)
+            error = (weights[:, k] - scale * trits[:, k]) / upper[k, k]
+            weights[:, k + 1 :] -= np.outer(error, upper[k, k + 1 :])
+    return trits, scales
+
+
+@pytest.mark.parametrize(("tokens", "cols", "cols_b"), [(1, 1, 3), (5, 16, 17), (600, 37, 20), (257, 64, 130)])
+def test_moments_equal_numpy_on_every_target(target: str, tokens: int, cols: int, cols_b: int) -> None:
+    random = np.random.default_rng(tokens)
+    a = random.normal(size=(tokens, cols)).astype(np.float32) * np.float32(30)
+    b = random.normal(size=(tokens, cols_b)).astype(np.float32)
+    wide, wide_b = a.astype(np.float64), b.astype(np.float64)
+    start = random.normal(size=(cols, cols))
+    start += start.T
+    moments, cross = start.copy(), np.zeros((cols, cols_b))
+    _core.quant.sum_moments(a, None, moments)
+    _core.quant.sum_moments(a, b, cross)
+    np.testing.assert_allclose(moments, start + wide.T @ wide, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(cross, wide.T @ wide_b, rtol=1e-12, atol=1e-9)
+    assert np.array_equal(moments, moments.T)
+
+
+def test_moments_are_the_same_bits_for_targets_and_threads() -> None:
+    """Products of floats are exact in double, so that fused or not makes no difference."""
+    x = np.random.default_rng(2).normal(size=(300, 70)).astype(np.float32)
+    found = []
+    previous = _core.simd.active_target()
+    try:
+        for name, threads in itertools.product(_core.simd.supported_targets(), (1, 3)):
+            _core.simd.use_target(name)
+            sums = np.zeros((70, 70))
+            _core.quant.sum_moments(x, None, sums, threads=threads)
+            found.append(sums)
+    finally:
+        _core.simd.use_target(previous)
+    assert all(np.array_equal(sums, found[0]) for sums in found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scale_equals_exhaustive_search(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    cols = 10
+    target = random.standard_t(3, size=(3, cols))
+    importance = random.exponential(size=cols) + 0.01
+    trits, scales = _core.quant.round_with_feedback(target, None, importance, rule="fit", scale="row")
+    for row in range(3):
+        exact = best_scale(np.abs(target[row]), importance)
+        assert scales[row] == stored(exact)
+        assert np.array_equal(trits[row], np.sign(target[row]) * (np.abs(target[row]) > scales[row] / 2))
+
+
+def test_grid_and_simple_rules() -> None:
+    random = np.random.default_rng(1)
+    target = random.normal(size=(4, 100))
+    importance = random.exponential(size=100) + 0.01
+    size = np.abs(target)
+    mean = size.mean(-1)
+    grid = mean[:, None] * np.arange(10, 61) / 20
+    kept = size[:, None] > grid[..., None] / 2
+    errors = (importance * (size[:, None] - kept * grid[..., None]) ** 2).sum(-1)
+    expected = {
+        "grid": grid[np.arange(4), errors.argmin(-1)],
+        "absmean": mean,
+        "twn": np.array([row[row > 0.7 * row.mean()].mean() for row in size]),
+    }
+    for rule, scales in expected.items():
+        found = _core.quant.round_with_feedback(target, None, importance, rule=rule, scale="row")[1]  # type: ignore[arg-type]
+        assert [float(scale) for scale in found] == [stored(scale) for scale in scales]
+
+
+@pytest.mark.parametrize(("rows", "cols", "group"), [(9, 64, 64), (4, 200, 64), (17, 300, 128), (3, 300, 256)])
+def test_feedback_equals_gptq(rows: int, cols: int, group: int) -> None:
+    random = np.random.default_rng(rows)
+    target, moments = random.normal(size=(rows, cols)), make_moments(random, cols)
+    importance = np.diag(moments).copy()
+    expected = gptq(target, moments, importance, group)
+    for threads in (1, 3):
+        trits, scales = _core.quant.round_with_feedback(
+            target, factor_of(moments), importance, rule="fit", scale="group", group_size=group, threads=threads
+        )
+        assert np.array_equal(trits, expected[0])
+        assert np.array_equal(scales, expected[1])
+
+
+def test_the_last_columns_are_the_best_there_are() -> None:
+    """Brute force: given the trits on the left, no choice for the last column has a smaller error."""
+    random = np.random.default_rng(3)
+    target, moments = random.normal(size=(20, 6)), make_moments(random, 6)
+    scale = 0.8125
+    trits, _ = _core.quant.round_with_feedback(
+        target, factor_of(moments), np.ones(6), rule="fit", scale="tensor", tensor_scale=scale
+    )
+    for row in range(20):
+        for k in range(6):
+            # The columns on the right may take any real value: what is left is the term of the factor.
+            errors = []
+            for trit in (-1, 0, 1):
+                rest = target[row, : k + 1] - scale * np.append(trits[row, :k], trit)
+                schur = moments[: k + 1, : k + 1]
+                if k < 5:
+                    side = moments[: k + 1, k + 1 :]
+                    schur = schur - side @ np.linalg.inv(moments[k + 1 :, k + 1 :]) @ side.T
+                errors.append(rest @ schur @ rest)
+            assert errors[trits[row, k] + 1] <= min(errors) + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["tensor", "row", "group"])
+def test_descent_never_rises_and_ends_where_no_trit_helps(kind: Any) -> None:
+    random = np.random.default_rng(4)
+    rows, cols, group = 19, 150, 64
+    target, moments = random.normal(size=(rows, cols)), make_moments(random, cols)
+    run = {"tensor": cols, "row": cols, "group": group}[kind]
+    options = {"scale": kind, "group_size": group}
+    trits, scales = _core.quant.round_with_feedback(
+        target, None, np.ones(cols), rule="fit", tensor_scale=1.25, **options
+    )
+
+    def error() -> Float64:
+        shape = scales.repeat(rows) if kind == "tensor" else scales
+        return error_of(target, dequantized(trits, shape, run), moments)
+
+    before = error()
+    for rounds in (1, 2, 30):
+        _core.quant.descend(target, moments, trits, scales, rounds=rounds, sweeps=50, threads=rounds % 3 + 1, **options)
+        assert (error() <= before * (1 + 1e-9)).all()
+        before = error()
+    assert before.sum() < 0.5 * error_of(target, np.zeros_like(target), moments).sum()
+    if kind == "tensor":
+        assert scales[0] == np.float32(1.25)
+    assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
+    for row, k, trit in itertools.product(range(rows), range(0, cols, 7), (-1, 0, 1)):
+        kept = trits[row, k]
+        trits[row, k] = trit
+        assert error()[row] >= before[row] * (1 - 1e-9)
+        trits[row, k] = kept
+
+
+def test_descent_solves_for_all_scales_at_once() -> None:
+    """With no sweep the scales are those of the normal equations, but for rounding to 16 bits; a negative one turns."""
+    random = np.random.default_rng(5)
+    cols, group = 200, 64
+    target, moments = random.normal(size=(8, cols)), make_moments(random, cols)
+    trits = random.integers(-1, 2, (8, cols)).astype(np.int8)
+    trits[:, :group] = -np.sign(target[:, :group])
+    signs, scales = trits.copy(), np.ones((8, 4), np.float32)
+    _core.quant.descend(target, moments, trits, scales, scale="group", group_size=group, rounds=1, sweeps=0)
+    for row in range(8):
+        basis = np.zeros((4, cols))
+        for run in range(4):
+            columns = slice(run * group, (run + 1) * group)
+            basis[run, columns] = signs[row, columns]
+        exact = np.linalg.solve(basis @ moments @ basis.T, basis @ moments @ target[row])
+        signed = scales[row] * np.sign((basis @ trits[row]) + 1e-9)
+        assert exact[0] < 0
+        np.testing.assert_allclose(signed, exact, rtol=2e-3, atol=1e-3)
+
+
+def test_refusals() -> None:
+    ok, one = np.ones((4, 64)), np.ones(64)
+    rounding = _core.quant.round_with_feedback
+    options: dict[str, Any] = {"rule": "fit", "scale": "row"}
+    with pytest.raises(ValueError, match="activations must be finite, got inf at token 1, column 2"):
+        _core.quant.sum_moments(np.array([[1, 2, 3], [4, 5, np.inf]], np.float32), None, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="sums"):
+        _core.quant.sum_moments(np.ones((2, 3), np.float32), None, np.zeros((3, 4)))
+    with pytest.raises(TypeError, match="float32"):
+        _core.quant.sum_moments(np.ones((2, 3)), None, np.zeros((3, 3)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rule is fit, grid, absmean or twn, got 'best'"):
+        rounding(ok, None, one, rule="best", scale="row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sizes do not match 4 x 64"):
+        rounding(ok, None, np.ones(63), **options)
+    with pytest.raises(ValueError, match="importances must be positive"):
+        rounding(ok, None, one * 0, **options)
+    with pytest.raises(ValueError, match="target must be finite"):
+        rounding(ok * np.nan, None, one, **options)
+    with pytest.raises(ValueError, match="positive diagonal"):
+        rounding(ok, np.zeros((64, 64)), one, **options)
+    with pytest.raises(ValueError, match="above 65504"):
+        rounding(ok * 1e6, None, one, **options)
+    with pytest.raises(ValueError, match="positive diagonal, got 0 in column 0"):
+        _core.quant.descend(ok, np.zeros((64, 64)), np.zeros((4, 64), np.int8), np.ones(4, np.float32), scale="row")
+    locked = np.zeros((4, 64), np.int8)
+    locked.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        _core.quant.descend(ok, np.eye(64), locked, np.ones(4, np.float32), scale="row")
+
+
+def test_zero_rows_have_scale_zero() -> None:
+    trits, scales = _core.quant.round_with_feedback(
+        np.zeros((3, 70)), np.eye(70), np.ones(70), rule="fit", scale="group", group_size=64
+    )
+    assert not trits.any()
+    assert not scales.any()
+    _core.quant.descend(np.zeros((3, 70)), np.eye(70), trits, scales, scale="group", group_size=64)
+    assert not trits.any()
+    assert np.isfinite(scales).all()
