@@ -18,7 +18,7 @@ void Transformer::EmbedTokens(std::span<const int32_t> tokens, std::span<float> 
   Check(hidden.size() == tokens.size() * spec_.hidden_size, "[embed] room for ",
         tokens.size() * spec_.hidden_size, " floats is needed, got ", hidden.size());
   for (size_t t = 0; t < tokens.size(); ++t) {
-    Embed({tokens[t], state.get(), t, nullptr}, 0);
+    Embed({tokens[t], state.get(), t, nullptr, nullptr, nullptr}, 0);
     std::copy_n(hidden_[0], spec_.hidden_size, hidden.data() + t * spec_.hidden_size);
   }
 }
@@ -50,7 +50,7 @@ void Transformer::ForwardBlock(size_t layer, std::span<float> hidden, const Taps
     std::vector<Position> slice;
     for (size_t t = tapped_; t < std::min(tokens, tapped_ + kMaxTokens); ++t) {
       std::copy_n(hidden.data() + t * size, size, hidden_[slice.size()]);
-      slice.push_back({0, state.get(), t, nullptr});
+      slice.push_back({0, state.get(), t, nullptr, nullptr, nullptr});
     }
     team_.Run([&](Worker& worker) { RunLayer(worker, layer, slice); });
     for (size_t t = 0; t < slice.size(); ++t) {
