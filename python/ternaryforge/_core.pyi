@@ -55,7 +55,7 @@ class formats:
             layout: str,
             # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16" "t20"; and those that hold their
             # scales: "i2_s" "i2_s_64" "i2_s_rows4" "tq1_0" "tq2_0" "q1_0" "q2_0" "pq2_0" "ptq1_0" "q2_k" "q4_0"
-            # "iq1_bn" "iq2_bn", with scale_kind "none", or "tensor" for one more factor (the .scale tensor of GGUF files)
+            # "iq1_bn" "iq2_bn", with scale_kind "none", or "tensor" for one more factor (GGUF: the .scale tensor)
             rows: int,
             cols: int,
             data: object,  # any contiguous read-only buffer of the layout's size (memoryview, mmap slice, ndarray)
