@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ternaryforge import _core
 from ternaryforge.checkpoint_writer import TensorPlan
 from ternaryforge.families import Architecture
+from ternaryforge.model import Activations
 
 # Measured on Linux x86-64 with CPython 3.11 and NumPy 2: the interpreter, the libraries, the command line.
 PROCESS_ANONYMOUS = 20_000_000
@@ -22,7 +23,6 @@ TOKENIZER_MAPPED = 6_000_000  # the library `tokenizers`
 _TOKENIZER_BYTES = (1400, 150)
 _TOKENIZER_FIRST = 32_000
 
-RUN_TIME_LAYOUT = "t16"
 WORKSPACE_TOKENS = 128  # go through the layers together: Transformer::kMaxTokens
 KV_BLOCK_TOKENS = 32
 SCORED_TOKENS = 64  # whose logits `evaluate` holds at once
@@ -55,7 +55,8 @@ class Footprint:
 
     `tensors` are those of the checkpoint by name, `file_bytes` the size of its weights files,
     `kept_bytes` of those that stay mapped because a matrix in them is used as it lies there,
-    `has_tokenizer` whether the folder holds a tokenizer that will be loaded.
+    `has_tokenizer` whether the folder holds a tokenizer that will be loaded, `activations` and
+    `threads` what it will run with: this machine's choice of a layout depends on them.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Footprint:
         file_bytes: int,
         kept_bytes: int,
         has_tokenizer: bool,
+        activations: Activations,
+        threads: int,
     ) -> None:
         self.file_bytes = file_bytes
         self._kept_bytes = kept_bytes
         self._has_tokenizer = has_tokenizer
-        self.packed_bytes = 0  # of ternary weights at run time
-        self.packed_weights = 0
+        packed: dict[str, tuple[int, int]] = {}  # ternary at run time
         self.dense_bytes = 0  # of matrices that stay floating point, and stay mapped
         self.read_dense_bytes = 0  # those of them that every token reads: not the embedding, unless tied
         self.dense_linear_weights = 0
@@ -93,8 +95,7 @@ class Footprint:
                 self.dense_linear_weights += rows * cols
                 self._latent_bytes = max(self._latent_bytes, 2 * rows * cols)
             elif tensor.dtype in ("U8", "U32") or latent:
-                self.packed_bytes += _core.formats.layout_bytes(RUN_TIME_LAYOUT, rows, cols)
-                self.packed_weights += rows * cols
+                packed[slot] = (rows, cols)
                 # As stored and as used, in float32; twice while the core takes the weights over.
                 self._scale_bytes += 2 * 2 * 4 * _scale_count(architecture, rows, cols)
                 if latent:
@@ -108,6 +109,15 @@ class Footprint:
                     self.read_dense_bytes += nbytes
                 if architecture.is_linear(slot):
                     self.dense_linear_weights += rows * cols
+        self.packed_weights = sum(rows * cols for rows, cols in packed.values())
+        layout = _core.kernels.fastest_layout(self.packed_weights, activations=activations, threads=threads)
+        group_size = quantization.group_size if quantization is not None else 0
+        self.packed_bytes = sum(
+            _core.formats.layout_bytes(layout, rows, cols, group_size=group_size)
+            if layout == "t20" and slot.startswith("layers.")
+            else _core.formats.layout_bytes("t16", rows, cols)
+            for slot, (rows, cols) in packed.items()
+        )
         self.kv_bytes_per_token = sum(
             4 * rows for slot, (rows, _) in slots.items() if slot.endswith((".key", ".value"))
         )

@@ -167,6 +167,8 @@ def plan(
         file_bytes=result.file_bytes,
         kept_bytes=result.kept_bytes,
         has_tokenizer=result.has_tokenizer,
+        activations=mode,
+        threads=threads,
     )
     total = min(prompt_tokens + max_new_tokens, context)
     loading = footprint.packed_bytes / rates.repack_bytes + footprint.file_bytes / _CHECKED_BYTES_PER_SECOND
@@ -319,7 +321,7 @@ def _converted(given: _Source, options: RoundingOptions) -> _Source:
         group_size=options.group_size if options.scale == "group" else 0,
         convention="divide" if stock else "multiply",
         online=False,
-        activation_bits=8 if stock or trained else None,
+        activation_bits=8 if stock or trained else 16,
         excluded=() if rules else ("lm_head",),
         strict=stock,
     )
