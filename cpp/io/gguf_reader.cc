@@ -145,9 +145,7 @@ uint64_t AlignmentOf(const GgufCursor& cursor, const std::vector<GgufValue>& met
 // I2_S, whose number was once a larger type of llama.cpp.
 void CheckGap(const GgufCursor& cursor, const GgufTensor& tensor, const GgmlType& type,
               uint64_t unused, uint64_t alignment, bool last) {
-  // bitnet.cpp wrote one more slot behind its table types.
-  const uint64_t slots = type.name == "TL1" || type.name == "TL2" ? 2 : 1;
-  if (unused < slots * alignment || (last && type.name != "I2_S")) return;
+  if (unused < PaddingLimit(type, alignment) || (last && type.name != "I2_S")) return;
   cursor.Fail("tensor '", tensor.name, "' (", type.name, " of ", type.owner, ") leaves ", unused,
               " bytes unused",
               type.name == "I2_S" ? ": it may be IQ4_NL_4_4, a type that llama.cpp removed; "

@@ -17,7 +17,7 @@ constexpr std::string_view kScaleLast =
 
 bool Fits(const GgmlType& type, const TensorRoom& tensor, uint64_t alignment) {
   const uint64_t size = GgmlBytes(type, tensor.rows, tensor.cols);
-  return size > 0 && size <= tensor.bytes && tensor.bytes - size < alignment;
+  return size > 0 && size <= tensor.bytes && tensor.bytes - size < PaddingLimit(type, alignment);
 }
 
 // Whether the f16 at `offset` of the first blocks could be a scale: not negative, finite. The codes
@@ -38,6 +38,10 @@ std::string Names(std::span<const GgmlType* const> types) {
 }
 
 }  // namespace
+
+uint64_t PaddingLimit(const GgmlType& type, uint64_t alignment) {
+  return type.name == "TL1" || type.name == "TL2" ? 2 * alignment : alignment;
+}
 
 std::vector<const GgmlType*> ChooseTypes(std::span<const TensorRoom> tensors, uint64_t alignment,
                                          std::string_view type_42, const std::string& path) {

@@ -21,6 +21,10 @@ struct TensorRoom {
   std::string_view name;
 };
 
+// Bytes behind a tensor up to the next one are fewer than this: padding, and for the table types of
+// bitnet.cpp perhaps one more slot.
+uint64_t PaddingLimit(const GgmlType& type, uint64_t alignment);
+
 // One type per tensor. A number with several meanings gets the one whose sizes fit all its tensors
 // in this file up to the padding; `type_42` decides for the number 42 where several do. Throws
 // FormatError that names the tensor for unknown and removed numbers, and where no meaning or more

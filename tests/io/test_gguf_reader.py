@@ -128,6 +128,18 @@ def test_42_with_the_scale_last_is_refused(tmp_path: Path) -> None:
         io.GgufFile(path)
 
 
+def test_table_types_of_bitnet_cpp_are_named(tmp_path: Path) -> None:
+    """Their tiles cannot be decoded; `inspect` still tells what a file holds. One more slot follows each."""
+    infos = [tensor("a", (256, 4), 38, 0), tensor("b", (256, 6), 39, 320), tensor("c", (8,), 24, 768)]
+    file = io.GgufFile(write(tmp_path / "a.gguf", gguf_file([], infos, bytes(768) + b"12345678")))
+    assert [(t.type_name, t.type_owner, t.data.size) for t in file.tensors.values()] == [
+        ("TL1", "bitnet.cpp", 288), ("TL2", "bitnet.cpp", 416), ("I8", "llama.cpp", 8),
+    ]  # fmt: skip
+    for name in ("tl1", "tl2"):
+        with pytest.raises(ValueError, match=f"not '{name}'"):
+            formats.decode_ternary(name, file.tensors["a"].data, 4, 256)
+
+
 def test_a_split_file(tmp_path: Path) -> None:
     def part(number: int) -> bytes:
         entries = [entry("split.no", U16, number), entry("split.count", U16, 2), entry("split.tensors.count", I32, 3)]
