@@ -21,7 +21,7 @@ from ternaryforge.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ternaryforge.model import Activations, HeadMode, KvType
+    from ternaryforge.model import Activations, HeadMode, KvType, Layout
 
 Build = Callable[[int], _core.model.Transformer]
 Progress = Callable[[int, int, str], None]
@@ -333,10 +333,12 @@ def build_shape(
     activations: "Activations | None" = None,
     kv: "KvType" = "f32",
     head: "HeadMode" = "exact",
+    layout: "Layout" = "auto",
 ) -> Build:
     """Builds a shape with random weights in memory, with room for at least `context_length` tokens.
 
-    Raises ValueError for an unknown name.
+    Layout "auto" holds the weights as t16, and once more where t20 is faster; "t20" only as that,
+    which the largest shapes need. Raises ValueError for an unknown name.
     """
     from ternaryforge.families import read_architecture
     from ternaryforge.model import default_activations
@@ -345,7 +347,7 @@ def build_shape(
     config = shape_config(name)
     config["max_position_embeddings"] = max(config["max_position_embeddings"], context_length)
     architecture = read_architecture(config, where=name)
-    weights = random_weights(architecture)
+    weights = random_weights(architecture, layout="t20" if layout == "t20" else "t16")
 
     def build(threads: int) -> _core.model.Transformer:
         return _core.model.Transformer(
@@ -354,6 +356,7 @@ def build_shape(
             activations=activations or default_activations(architecture.quantization),
             kv=kv,
             head=head,
+            layout=layout,
             threads=threads,
         )
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,8 +170,10 @@ def random_transformer(
     )
 
 
-def random_weights(architecture: Architecture, *, seed: int = 0) -> dict[str, _core.formats.PackedTensor]:
-    """All weights by slot: linear layers in the run-time layout t16, so that nothing is repacked.
+def random_weights(
+    architecture: Architecture, *, seed: int = 0, layout: Literal["t16", "t20"] = "t16"
+) -> dict[str, _core.formats.PackedTensor]:
+    """All weights by slot: linear layers in a run-time layout, so that nothing is repacked as they are loaded.
 
     Norms are one, biases zero, embedding and head bfloat16. Raises ValueError for a linear layer
     whose rows or columns are no multiple of 16, since random bits would fill its padding.
@@ -182,7 +184,7 @@ def random_weights(architecture: Architecture, *, seed: int = 0) -> dict[str, _c
         if architecture.is_linear(slot):
             if rows % 16 or cols % 16:
                 raise ValueError(f"[shape] rows and columns of '{slot}' must be multiples of 16, got {rows} x {cols}")
-            weights[slot] = _core.formats.PackedTensor(
+            tiles = _core.formats.PackedTensor(
                 "t16",
                 rows,
                 cols,
@@ -190,6 +192,8 @@ def random_weights(architecture: Architecture, *, seed: int = 0) -> dict[str, _c
                 scale_kind="tensor",
                 scales=np.array([linear_scale(cols)], np.float32),
             )
+            threads = _core.parallel.default_threads()
+            weights[slot] = _core.kernels.repack(tiles, layout, threads=threads) if layout != "t16" else tiles
         else:
             weights[slot] = _core.formats.PackedTensor("bf16", rows, cols, dense_values(generator, slot, rows * cols))
     return weights

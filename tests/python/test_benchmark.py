@@ -8,7 +8,7 @@ import made_models
 import numpy as np
 import pytest
 
-from ternaryforge import TernaryModel, _core
+from ternaryforge import TernaryModel, _core, shapes
 from ternaryforge.benchmark import BenchmarkReport, Plan, benchmark, build_model, build_shape
 from ternaryforge.machine import EnergyMeter, Machine, cpu_name, measure_machine
 
@@ -164,6 +164,17 @@ def test_a_context_that_is_too_short_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="no-such-target"):
         benchmark(build_model(str(folder)), Plan(threads=[1], targets=["no-such-target"]), model="short")
     assert _core.simd.active_target() == target
+
+
+def test_a_shape_in_the_dense_layout_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 80}
+    small = made_models.bitnet_config() | heads | {"hidden_size": 320, "intermediate_size": 640}
+    monkeypatch.setattr(shapes, "SHAPES", {"small": small})
+    builds = {layout: build_shape("small", context_length=64, layout=layout)(1) for layout in ("t16", "t20")}
+    assert [build.layout for build in builds.values()] == ["t16", "t20"]
+    slots = shapes.read_shape("small").spec.slots()
+    weights = sum(rows * cols for slot, (rows, cols) in slots.items() if shapes.read_shape("small").is_linear(slot))
+    assert builds["t16"].weight_bytes - builds["t20"].weight_bytes == pytest.approx(weights * (2 - 1.6) / 8, rel=0.1)
 
 
 def test_an_unknown_shape_is_refused() -> None:

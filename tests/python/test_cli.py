@@ -200,6 +200,7 @@ def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
         ["evaluate", "demo", "--text", "x", "--threads", "0"],
         ["bench"],
         ["bench", "demo", "--shape", "7b"],
+        ["bench", "demo", "--layout", "t20"],
         ["bench", "demo", "--threads", "two"],
         ["bench", "demo", "--contexts", "0,-1"],
     ],

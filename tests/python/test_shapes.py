@@ -73,6 +73,12 @@ def test_random_weights_run_and_keep_the_size_of_what_they_carry() -> None:
     weights = shapes.random_weights(architecture, seed=1)
     assert weights["layers.1.up"].layout == "t16"
     assert np.unique(_core.formats.unpack(weights["layers.1.up"].data, "t16", 224, 96)).tolist() == [-1, 0, 1]
+    dense = shapes.random_weights(architecture, seed=1, layout="t20")["layers.1.up"]
+    assert dense.layout == "t20"
+    np.testing.assert_array_equal(
+        _core.formats.unpack(dense.data, "t20", 224, 96),
+        _core.formats.unpack(weights["layers.1.up"].data, "t16", 224, 96),
+    )
     embedding = (weights["embedding"].data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     assert np.abs(embedding).min() >= 2**-6
     assert np.abs(embedding).max() < 2**-5

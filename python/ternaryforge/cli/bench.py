@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ternaryforge bench MODEL` or `bench --shape NAME`: speed, against what the machine can do."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,14 @@ from ternaryforge.cli.output import (
 )
 
 
+class LayoutName(StrEnum):
+    """Values of `--layout`."""
+
+    AUTO = "auto"
+    T16 = "t16"
+    T20 = "t20"
+
+
 def command(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A folder, file or org/name, or 'demo'.")
@@ -36,6 +45,9 @@ def command(
     activations: ActivationsOption = None,
     kv: KvOption = KvType.F32,
     head: HeadOption = HeadMode.EXACT,
+    layout: Annotated[
+        LayoutName, typer.Option(help="Run-time layout of a shape's ternary weights; t20 keeps no second copy.")
+    ] = LayoutName.AUTO,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -47,6 +59,8 @@ def command(
     del seed  # random weights are always the same
     if (model is None) == (shape is None):
         raise typer.BadParameter("name either a model or --shape", param_hint="MODEL")
+    if shape is None and layout is not LayoutName.AUTO:
+        raise typer.BadParameter("only a shape takes a layout", param_hint="--layout")
     plan = Plan(
         threads=_numbers(threads, "--threads", 1) if threads else [_core.parallel.default_threads()],
         contexts=_numbers(contexts, "--contexts", 0),
@@ -62,6 +76,7 @@ def command(
             activations=activations.value if activations else None,
             kv=kv.value,
             head=head.value,
+            layout=layout.value,
         )
     else:
         build = build_model(
