@@ -99,9 +99,9 @@ void MultiplyRounds(const uint8_t* HWY_RESTRICT codes, size_t window,
 
 void Multiply(simd::DotKind dot, const uint8_t* codes, size_t window, const int8_t* acts,
               size_t rounds, uint32_t* total) {
-  if (dot == simd::DotKind::kNative)
-    return MultiplyRounds<simd::DotKind::kNative>(codes, window, acts, rounds, total);
-  MultiplyRounds<simd::DotKind::kPortable>(codes, window, acts, rounds, total);
+  simd::HWY_NAMESPACE::WithDot(dot, [&]<simd::DotKind kDot>() HWY_ATTR {
+    MultiplyRounds<kDot>(codes, window, acts, rounds, total);
+  });
 }
 
 void StepShape(size_t* code_bytes, size_t* act_bytes, size_t* multiplies) {

@@ -59,7 +59,7 @@ HWY_INLINE void AddVectorDots(const uint8_t* HWY_RESTRICT codes, size_t next, si
   constexpr size_t kRows = dot::kDotBytes / 4;
   const dot::DotBytesTag d8;
   const dot::DotSumsTag d32;
-  if constexpr (kDot == simd::DotKind::kNative) {
+  if constexpr (kDot != simd::DotKind::kPortable) {
     dot::DotSums acc[kLanes][kCount];
     for (size_t lane = 0; lane < kLanes; ++lane) {
       for (size_t v = 0; v < kCount; ++v)
@@ -152,7 +152,8 @@ void AddRun(const Job& job, const TileRun& run, size_t panel, size_t panels, siz
     const size_t tiles = std::min(block_tiles, run.tiles - tile);
     for (size_t p = 0; p < panels; ++p) {
       const uint8_t* stream = job.weight.bytes().data() + (panel + p) * job.runs.PanelBytes();
-      UnpackTiles(run, stream + run.byte + tile * kTileBytes, tiles, job.permute,
+      UnpackTiles(run, stream + run.byte + tile * kTileBytes, tiles,
+                  kPanels * job.runs.PanelBytes(), job.permute,
                   codes + p * kBlockSteps * kTileBytes);
     }
     const size_t col = run.col + tile * run.TileCols();
@@ -215,9 +216,9 @@ void GemmAll(const PackedTensor& weight, const QuantizedActs& acts, size_t token
 
 void Gemm(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens, size_t panel_begin,
           size_t panel_end, float* out, size_t out_stride) {
-  const auto run = simd::ActiveDot() == simd::DotKind::kNative ? GemmAll<simd::DotKind::kNative>
-                                                               : GemmAll<simd::DotKind::kPortable>;
-  run(weight, acts, tokens, panel_begin, panel_end, out, out_stride);
+  simd::HWY_NAMESPACE::WithDot(simd::ActiveDot(), [&]<simd::DotKind kDot>() HWY_ATTR {
+    GemmAll<kDot>(weight, acts, tokens, panel_begin, panel_end, out, out_stride);
+  });
 }
 
 }  // namespace tf::HWY_NAMESPACE

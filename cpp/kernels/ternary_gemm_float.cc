@@ -73,7 +73,8 @@ void AddFloatRun(const TileRun& run, const uint8_t* panel, size_t cols, const fl
     const size_t tiles = std::min(block_tiles, run.tiles - tile);
     const size_t begin = run.col + tile * run.TileCols();
     if (begin >= cols) return;  // padding
-    UnpackTiles(run, panel + run.byte + tile * kTileBytes, tiles, simd::HasBytePermute(), codes);
+    UnpackTiles(run, panel + run.byte + tile * kTileBytes, tiles, tiles * kTileBytes,
+                simd::HasBytePermute(), codes);
     AddColumns<kTokens>(codes, std::min(tiles * run.TileCols(), cols - begin), x + begin, x_stride,
                         sums);
   }

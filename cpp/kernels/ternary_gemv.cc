@@ -103,13 +103,12 @@ void DotPanels(const PackedTensor& weight, const int8_t* codes, size_t panel_beg
 // Calls run.template operator()<kDot, kPermute>() with what the active target has.
 template <typename Run>
 void WithTarget(const Run& run) {
-  if (simd::ActiveDot() != simd::DotKind::kNative) {
-    return run.template operator()<simd::DotKind::kPortable, false>();
-  }
 #if HWY_TARGET == HWY_AVX3
   if (simd::HasBytePermute()) return run.template operator()<simd::DotKind::kNative, true>();
 #endif
-  run.template operator()<simd::DotKind::kNative, false>();
+  simd::HWY_NAMESPACE::WithDot(simd::ActiveDot(), [&]<simd::DotKind kDot>() HWY_ATTR {
+    run.template operator()<kDot, false>();
+  });
 }
 
 void Gemv(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens, size_t panel_begin,

@@ -65,6 +65,9 @@ void DotT20(const uint8_t* tile, const int8_t* acts, size_t plane_stride, size_t
 
 inline constexpr size_t kVectors = kTileBytes / dot::kDotBytes;  // in a tile
 
+// How far ahead of its use a tile is asked for: what memory sends in some 200 ns.
+inline constexpr size_t kPrefetchBytes = 8192;
+
 // Vectors of a tile that one pass over the panel takes: as many as leave registers for the sums.
 // Where that is not all, the next pass finds the panel in the cache.
 template <size_t kLanes>
@@ -73,7 +76,11 @@ inline constexpr size_t kPassVectors = kLanes == 1 && kVectors > 1 ? 2 : 1;
 // Whether the planes can stay where they lie in the byte, each with its own 32-bit sums: that of
 // plane n is exactly 4^n times the sum of its codes.
 template <simd::DotKind kDot>
-inline constexpr bool kInPlace = kDot == simd::DotKind::kNative;
+inline constexpr bool kInPlace = kDot != simd::DotKind::kPortable;
+
+// The top plane of T16 does not fit an i8 operand where it lies: kSigned shifts it down.
+template <simd::DotKind kDot>
+inline constexpr bool kShiftTop = kDot == simd::DotKind::kSigned;
 
 // One pass over the panel with 32-bit sums of every plane.
 template <simd::DotKind kDot, size_t kLanes>
@@ -91,15 +98,16 @@ HWY_INLINE void PassInPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_
     }
   }
   for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, acts += kT16TileCols * kLanes) {
-    hwy::Prefetch(tile + 2048);
+    hwy::Prefetch(tile + kPrefetchBytes);
     dot::DotCodes packed[kPass];
     for (size_t v = 0; v < kPass; ++v) packed[v] = hn::LoadU(d8, tile + v * dot::kDotBytes);
     for (size_t plane = 0; plane < 4; ++plane) {
       for (size_t lane = 0; lane < kLanes; ++lane) {
         const auto four = dot::BroadcastActs(acts + 4 * (plane * kLanes + lane));
         for (size_t v = 0; v < kPass; ++v) {
-          acc[plane][lane][v] =
-              dot::DotStep<kDot>(acc[plane][lane][v], hn::And(packed[v], masks[plane]), four);
+          const auto codes = kShiftTop<kDot> && plane == 3 ? hn::ShiftRight<6>(packed[v])
+                                                           : hn::And(packed[v], masks[plane]);
+          acc[plane][lane][v] = dot::DotStep<kDot>(acc[plane][lane][v], codes, four);
         }
       }
     }
@@ -107,8 +115,8 @@ HWY_INLINE void PassInPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_
   for (size_t lane = 0; lane < kLanes; ++lane) {
     for (size_t v = 0; v < kPass; ++v) {
       const auto low = hn::Add(acc[0][lane][v], hn::ShiftRight<2>(acc[1][lane][v]));
-      const auto high =
-          hn::Add(hn::ShiftRight<4>(acc[2][lane][v]), hn::ShiftRight<6>(acc[3][lane][v]));
+      const auto top = kShiftTop<kDot> ? acc[3][lane][v] : hn::ShiftRight<6>(acc[3][lane][v]);
+      const auto high = hn::Add(hn::ShiftRight<4>(acc[2][lane][v]), top);
       hn::StoreU(hn::Add(low, high), d32, sums + lane * kPanelRows + v * (dot::kDotBytes / 4));
     }
   }
@@ -137,7 +145,7 @@ HWY_INLINE void PassFolding(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_
     }
     const size_t count = std::min(kFoldTiles, tiles - begin);
     for (size_t t = 0; t < count; ++t, tile += kTileBytes, acts += kT16TileCols * kLanes) {
-      hwy::Prefetch(tile + 2048);
+      hwy::Prefetch(tile + kPrefetchBytes);
       for (size_t v = 0; v < kPass; ++v) {
         const auto low = hn::LoadU(d8, tile + v * dot::kDotBytes);
         const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, low)));
@@ -200,7 +208,8 @@ HWY_INLINE dot::DotSums DivideByPower(dot::DotSums y) {
 }
 
 // One vector of T20 tiles with 32-bit sums of scaled codes, which are divided at the end: planes 0
-// to 3 by 4^n and plane 4 by 81 with the table, else by 3^n. The codes are at most 192.
+// to 3 by 4^n and plane 4 by 81 with the table, else by 3^n. The codes are at most 192; plane 4,
+// 162 at most, does not fit an i8 operand, and kSigned takes its two low bits, which are the digit.
 template <simd::DotKind kDot, bool kPermute, size_t kLanes>
 HWY_INLINE void PassT20InPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
                                size_t plane_stride, size_t tiles, int32_t* HWY_RESTRICT sums) {
@@ -214,11 +223,12 @@ HWY_INLINE void PassT20InPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* H
   const FieldTable table;
 #endif
   for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, acts += 4 * kLanes) {
-    hwy::Prefetch(tile + 2048);
+    hwy::Prefetch(tile + kPrefetchBytes);
     const auto bytes = hn::LoadU(d8, tile);
     dot::DotCodes codes[kT20Planes];
     const auto below_81 = Remainder<3>(bytes);
     codes[4] = hn::Sub(bytes, below_81);
+    if constexpr (kShiftTop<kDot>) codes[4] = hn::And(codes[4], hn::Set(d8, 3));
 #if HWY_TARGET == HWY_AVX3
     if constexpr (kPermute) {
       const auto fields = table.Fields(below_81);
@@ -256,7 +266,7 @@ HWY_INLINE void PassT20InPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* H
       store(2, DivideByPower<2>(acc[2][lane]));
       store(3, DivideByPower<3>(acc[3][lane]));
     }
-    store(4, DivideByPower<4>(acc[4][lane]));
+    store(4, kShiftTop<kDot> ? acc[4][lane] : DivideByPower<4>(acc[4][lane]));
   }
 }
 
@@ -277,7 +287,7 @@ HWY_INLINE void PassT20Folding(const uint8_t* HWY_RESTRICT tile, const int8_t* H
     }
     const size_t count = std::min(kFoldTiles, tiles - begin);
     for (size_t t = 0; t < count; ++t, tile += kTileBytes, acts += 4 * kLanes) {
-      hwy::Prefetch(tile + 2048);
+      hwy::Prefetch(tile + kPrefetchBytes);
       const auto bytes = hn::LoadU(d8, tile);
       const dot::DotCodes codes[kT20Planes] = {Digit<0>(bytes), Digit<1>(bytes), Digit<2>(bytes),
                                                Digit<3>(bytes), Digit<4>(bytes)};
@@ -305,7 +315,7 @@ HWY_INLINE void DotT20(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTR
   for (size_t v = 0; v < kVectors; ++v) {
     const uint8_t* part = tile + v * dot::kDotBytes;
     int32_t* part_sums = sums + v * (dot::kDotBytes / 4);
-    if constexpr (kDot == simd::DotKind::kNative) {
+    if constexpr (kInPlace<kDot>) {
       PassT20InPlace<kDot, kPermute, kLanes>(part, acts, plane_stride, tiles, part_sums);
     } else {
       PassT20Folding<kDot, kLanes>(part, acts, plane_stride, tiles, part_sums);

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "kernels/t20_decode-inl.h"
@@ -27,8 +28,9 @@ HWY_INLINE size_t RunSteps(const TileRun& run, size_t tiles) { return tiles * ru
 #if HWY_TARGET == HWY_SCALAR
 
 // `tiles` tiles of a run, the first of which stands at `tile`, into RunSteps(run, tiles) steps.
-inline void UnpackTiles(const TileRun& run, const uint8_t* tile, size_t tiles, bool /*permute*/,
-                        uint8_t* codes) {
+// Asks memory for those `ahead` bytes further on.
+inline void UnpackTiles(const TileRun& run, const uint8_t* tile, size_t tiles, size_t /*ahead*/,
+                        bool /*permute*/, uint8_t* codes) {
   for (size_t t = 0; t < tiles; ++t, tile += kTileBytes) {
     if (run.plane != TileRun::kAllPlanes) {
       for (size_t i = 0; i < kTileBytes; ++i)
@@ -44,11 +46,13 @@ inline void UnpackTiles(const TileRun& run, const uint8_t* tile, size_t tiles, b
 
 #else
 
-inline void UnpackT16(const uint8_t* HWY_RESTRICT tile, size_t tiles, uint8_t* HWY_RESTRICT codes) {
+inline void UnpackT16(const uint8_t* HWY_RESTRICT tile, size_t tiles, size_t ahead,
+                      uint8_t* HWY_RESTRICT codes) {
   const dot::DotBytesTag d8;
   const dot::DotPairsTag d16;
   const auto mask = hn::Set(d8, 3);
   for (size_t t = 0; t < tiles; ++t, tile += kTileBytes, codes += 4 * kTileBytes) {
+    hwy::Prefetch(tile + ahead);
     for (size_t i = 0; i < kTileBytes; i += dot::kDotBytes) {
       const auto packed = hn::LoadU(d8, tile + i);
       const auto words = hn::BitCast(d16, packed);
@@ -86,9 +90,13 @@ inline void UnpackFields(const uint8_t* HWY_RESTRICT tile, size_t tiles, int shi
 #endif
 
 // `tiles` tiles of a run, the first of which stands at `tile`, into RunSteps(run, tiles) steps.
-inline void UnpackTiles(const TileRun& run, const uint8_t* tile, size_t tiles,
+// Asks memory for those `ahead` bytes further on.
+inline void UnpackTiles(const TileRun& run, const uint8_t* tile, size_t tiles, size_t ahead,
                         [[maybe_unused]] bool permute, uint8_t* codes) {
-  if (run.plane == TileRun::kAllPlanes) return UnpackT16(tile, tiles, codes);
+  if (run.plane == TileRun::kAllPlanes) return UnpackT16(tile, tiles, ahead, codes);
+  if (run.plane == 0) {  // the other planes find the tiles in the cache
+    for (size_t i = 0; i < tiles * kTileBytes; i += kTileBytes) hwy::Prefetch(tile + ahead + i);
+  }
 #if HWY_TARGET == HWY_AVX3
   if (permute && run.plane < 4)
     return UnpackFields(tile, tiles, static_cast<int>(2 * run.plane), codes);

@@ -3,7 +3,8 @@
 // i.
 //
 // This file alone knows the byte dot instructions. Highway 1.0.3 has no op for them, so x86 takes
-// inline assembly (vpdpbusd, vpermi2b) or pmaddubsw, and every other target a portable branch.
+// inline assembly (vpdpbusd, vpermi2b) or pmaddubsw, 64-bit ARM inline assembly (usdot, sdot) or
+// smull, and every other target a portable branch.
 
 #if defined(TERNARYFORGE_SIMD_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TERNARYFORGE_SIMD_DOT_INL_H_
@@ -19,6 +20,11 @@
 #include <hwy/highway.h>
 
 #include "simd/targets.h"
+
+// The assembler must be told, and goes on so: hence all that NEON code uses, crypto included.
+#ifndef TF_ARM_DOT
+#define TF_ARM_DOT ".arch armv8.2-a+crypto+dotprod+i8mm\n\t"
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace tf::simd::HWY_NAMESPACE {
@@ -45,8 +51,8 @@ HWY_INLINE DotActs BroadcastActs(const int8_t* acts) {
   return hn::BitCast(hn::RebindToSigned<DotBytesTag>(), hn::Set(DotSumsTag(), four));
 }
 
-// Products summed in pairs. Exact when a pair is a value of int16: codes up to 128 with any int8
-// activation (2 * 128 * 127 = 32512, 2 * 128 * -128 = -32768).
+// Products summed in pairs. Exact for codes up to 127 with any int8 activation: a pair is a value
+// of int16 (2 * 127 * 127 = 32258, 2 * 127 * -128 = -32512).
 HWY_INLINE DotPairs PairProducts(DotCodes codes, DotActs acts) {
 #if HWY_TARGET == HWY_AVX3
   return DotPairs{_mm512_maddubs_epi16(codes.raw, acts.raw)};
@@ -54,6 +60,10 @@ HWY_INLINE DotPairs PairProducts(DotCodes codes, DotActs acts) {
   return DotPairs{_mm256_maddubs_epi16(codes.raw, acts.raw)};
 #elif HWY_TARGET == HWY_SSE4
   return DotPairs{_mm_maddubs_epi16(codes.raw, acts.raw)};
+#elif HWY_TARGET == TF_HWY_NEON && HWY_ARCH_ARM_A64
+  const int8x16_t signed_codes = vreinterpretq_s8_u8(codes.raw);
+  return DotPairs{vpaddq_s16(vmull_s8(vget_low_s8(signed_codes), vget_low_s8(acts.raw)),
+                             vmull_high_s8(signed_codes, acts.raw))};
 #else
   const DotPairsTag d16;
   const hn::RebindToUnsigned<DotPairsTag> du16;
@@ -75,6 +85,8 @@ HWY_INLINE DotSums FoldPairs(DotSums sums, DotPairs pairs) {
   return DotSums{_mm256_add_epi32(sums.raw, _mm256_madd_epi16(pairs.raw, _mm256_set1_epi16(1)))};
 #elif HWY_TARGET == HWY_SSE4
   return DotSums{_mm_add_epi32(sums.raw, _mm_madd_epi16(pairs.raw, _mm_set1_epi16(1)))};
+#elif HWY_TARGET == TF_HWY_NEON && HWY_ARCH_ARM_A64
+  return DotSums{vpadalq_s16(sums.raw, pairs.raw)};
 #else
   const auto words = hn::BitCast(DotSumsTag(), pairs);
   return hn::Add(sums,
@@ -82,11 +94,11 @@ HWY_INLINE DotSums FoldPairs(DotSums sums, DotPairs pairs) {
 #endif
 }
 
-// sums[i] + four products. kPortable is exact where PairProducts is, kNative always.
+// sums[i] + four products. kPortable and kSigned are exact for codes up to 127, kNative always.
 template <DotKind kDot>
 HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes, DotActs acts) {
-  // 16-bit products, 32-bit sums, no saturation. The functions around are compiled without VNNI,
-  // hence assembly; UseTarget sends only CPUs that have it here.
+  // 16-bit products, 32-bit sums, no saturation. The functions around are compiled without these
+  // instructions, hence assembly; UseTarget sends only CPUs that have them here.
 #if HWY_TARGET == HWY_AVX3
   if constexpr (kDot == DotKind::kNative) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums.raw) : "v"(codes.raw), "v"(acts.raw));
@@ -95,6 +107,14 @@ HWY_INLINE DotSums DotStep(DotSums sums, DotCodes codes, DotActs acts) {
 #elif HWY_TARGET == HWY_AVX2
   if constexpr (kDot == DotKind::kNative) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums.raw) : "x"(codes.raw), "x"(acts.raw));
+    return sums;
+  }
+#elif HWY_TARGET == TF_HWY_NEON && HWY_ARCH_ARM_A64
+  if constexpr (kDot == DotKind::kNative) {
+    asm(TF_ARM_DOT "usdot %0.4s, %1.16b, %2.16b" : "+w"(sums.raw) : "w"(codes.raw), "w"(acts.raw));
+    return sums;
+  } else if constexpr (kDot == DotKind::kSigned) {
+    asm(TF_ARM_DOT "sdot %0.4s, %1.16b, %2.16b" : "+w"(sums.raw) : "w"(codes.raw), "w"(acts.raw));
     return sums;
   }
 #endif
@@ -120,6 +140,19 @@ HWY_INLINE void DotOnce(const uint8_t* codes, const int8_t* acts, int32_t* sums)
       d32, sums);
 }
 
+// Calls run.template operator()<kDot>() for `dot`, if this target has it, else for kPortable.
+template <typename Run>
+HWY_INLINE void WithDot(DotKind dot, const Run& run) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
+  if (dot == DotKind::kNative) return run.template operator()<DotKind::kNative>();
+#elif HWY_TARGET == TF_HWY_NEON && HWY_ARCH_ARM_A64
+  if (dot == DotKind::kNative) return run.template operator()<DotKind::kNative>();
+  if (dot == DotKind::kSigned) return run.template operator()<DotKind::kSigned>();
+#endif
+  (void)dot;
+  run.template operator()<DotKind::kPortable>();
+}
+
 #else  // HWY_SCALAR: one lane, so kernels are plain loops and only the probe of targets.cc comes
        // here
 
@@ -128,6 +161,11 @@ inline constexpr size_t kDotBytes = 4;
 template <DotKind kDot>
 HWY_INLINE void DotOnce(const uint8_t* codes, const int8_t* acts, int32_t* sums) {
   for (size_t i = 0; i < kDotBytes; ++i) sums[0] += codes[i] * acts[i];
+}
+
+template <typename Run>
+HWY_INLINE void WithDot(DotKind /*dot*/, const Run& run) {
+  run.template operator()<DotKind::kPortable>();
 }
 
 #endif

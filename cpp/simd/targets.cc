@@ -20,6 +20,10 @@
 
 #if HWY_ARCH_X86
 #include <cpuid.h>
+#elif HWY_ARCH_ARM_A64 && defined(__linux__)
+#include <sys/auxv.h>
+#elif HWY_ARCH_ARM_A64 && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 HWY_BEFORE_NAMESPACE();
@@ -35,11 +39,7 @@ int64_t ReachedTarget(DotKind dot, bool permute) {
     codes[i] = static_cast<uint8_t>(i % 3);
     acts[i] = static_cast<int8_t>(5 - static_cast<int>(i % 11));
   }
-  if (dot == DotKind::kNative) {
-    DotOnce<DotKind::kNative>(codes, acts, sums);
-  } else {
-    DotOnce<DotKind::kPortable>(codes, acts, sums);
-  }
+  WithDot(dot, [&]<DotKind kDot>() HWY_ATTR { DotOnce<kDot>(codes, acts, sums); });
 #if HWY_TARGET == HWY_AVX3
   if (permute) {  // codes through a table that leaves them as they are
     alignas(64) uint8_t table[2 * kBytes];
@@ -96,6 +96,20 @@ bool HasAvxVnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
 }
+#elif HWY_ARCH_ARM_A64 && defined(__linux__)
+bool HasDotProd() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }
+bool HasI8mm() { return (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }
+#elif HWY_ARCH_ARM_A64 && defined(__APPLE__)
+bool HasFeature(const char* name) {
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has != 0;
+}
+bool HasDotProd() { return HasFeature("hw.optional.arm.FEAT_DotProd"); }
+bool HasI8mm() { return HasFeature("hw.optional.arm.FEAT_I8MM"); }
+#elif HWY_ARCH_ARM_A64
+bool HasDotProd() { return false; }
+bool HasI8mm() { return false; }
 #endif
 
 // Best first.
@@ -108,6 +122,10 @@ constexpr Target kTargets[] = {
     {"avx2", HWY_AVX2, DotKind::kPortable, false, Always},
     {"sse4", HWY_SSE4, DotKind::kPortable, false, Always},
 #elif HWY_ARCH_ARM
+#if HWY_ARCH_ARM_A64
+    {"neon-i8mm", TF_HWY_NEON, DotKind::kNative, false, HasI8mm},
+    {"neon-dotprod", TF_HWY_NEON, DotKind::kSigned, false, HasDotProd},
+#endif
     {"neon", TF_HWY_NEON, DotKind::kPortable, false, Always},
 #endif
     {"scalar", HWY_TARGETS&(HWY_SCALAR | HWY_EMU128), DotKind::kPortable, false, Always},

@@ -18,7 +18,8 @@ namespace tf::simd {
 enum class DotKind : uint8_t {
   kPortable,  // what the Highway target has: pmaddubsw on x86, widening multiplies on NEON, a loop
               // elsewhere
-  kNative,    // vpdpbusd (AVX512-VNNI, AVX-VNNI), sdot (dotprod), usdot (i8mm)
+  kSigned,    // sdot (ARM dotprod), which takes both operands as i8
+  kNative,    // vpdpbusd (AVX512-VNNI, AVX-VNNI), usdot (ARM i8mm)
 };
 
 // Names of the targets that this CPU and build can run, best first: among "avx512-vbmi",

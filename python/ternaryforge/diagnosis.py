@@ -13,13 +13,15 @@ _PACKAGES = (
     "ternaryforge", "numpy", "tokenizers", "huggingface_hub", "typer", "rich",
     "torch", "transformers",
 )  # fmt: skip
+_MANY_WEIGHTS = 2**31  # more than any cache holds
 
 
 @dataclass(frozen=True)
 class Diagnosis(Report):
     """`self_test` maps each target to its failures; all lists empty means that all is well.
 
-    `versions` holds None for an optional package that is not installed.
+    `layout` is the run-time layout of large ternary models that is faster here, with int8 activations. `versions`
+    holds None for an optional package that is not installed.
     """
 
     cpu: str
@@ -29,6 +31,7 @@ class Diagnosis(Report):
     self_test: dict[str, list[str]]
     threads: int
     thread_backend: str
+    layout: str
     versions: dict[str, str | None]
 
     @property
@@ -41,6 +44,7 @@ def diagnose() -> Diagnosis:
     """Runs the self-test on every target of this CPU and lists versions. Takes a few seconds."""
     targets = _core.simd.supported_targets()
     active = _core.simd.active_target()
+    threads = _core.parallel.default_threads()
     failures = {}
     try:
         for target in targets:
@@ -54,8 +58,9 @@ def diagnose() -> Diagnosis:
         targets=targets,
         active_target=active,
         self_test=failures,
-        threads=_core.parallel.default_threads(),
+        threads=threads,
         thread_backend=_core.parallel.backend(),
+        layout=_core.kernels.fastest_layout(_MANY_WEIGHTS, activations="int8", threads=threads),
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     )
 

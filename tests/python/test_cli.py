@@ -162,13 +162,15 @@ def test_doctor() -> None:
     assert document["active_target"] in document["targets"]
     assert document["self_test"] == {target: [] for target in document["targets"]}
     assert document["versions"]["ternaryforge"] == version("ternaryforge")
+    assert document["layout"] in {"t16", "t20"}
     assert "passed" in run("doctor").stdout
 
 
 def test_a_forced_target_is_reported() -> None:
     target = _core.simd.supported_targets()[-1]
     done = run("doctor", "--json", TERNARYFORGE_TARGET=target)
-    assert json.loads(done.stdout)["active_target"] == target
+    document = json.loads(done.stdout)
+    assert (document["active_target"], document["layout"]) == (target, "t16")  # scalar: nothing to choose
 
 
 def test_failures_are_one_line(folder: Path, tmp_path: Path) -> None:

@@ -104,10 +104,11 @@ def command(
         }
     )
     print_columns(
-        ["target", "threads", "context", "decode/s", "of memory", "prompt", "prefill/s", "of dot peak"],
+        ["target", "layout", "threads", "context", "decode/s", "of memory", "prompt", "prefill/s", "of dot peak"],
         [
             [
                 result.target,
+                result.layout,
                 str(result.threads),
                 str(result.context),
                 f"{result.decode_tokens_per_second:.1f}",

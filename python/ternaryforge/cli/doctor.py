@@ -30,6 +30,7 @@ def command(
             "CPU": diagnosis.cpu,
             "system": diagnosis.system,
             "active target": diagnosis.active_target,
+            "layout of large models": diagnosis.layout,
             "threads": f"{diagnosis.threads} ({diagnosis.thread_backend})",
         }
         for target, failures in diagnosis.self_test.items():
