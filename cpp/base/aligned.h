@@ -19,6 +19,13 @@ constexpr size_t RoundUp(size_t value, size_t multiple) {
   return DivCeil(value, multiple) * multiple;
 }
 
+// Zeroed bytes, 64-byte aligned. Large ones lie in huge pages where the system has them, which
+// spares kernels that stream them most look-ups of addresses, and are touched for the first time by
+// whoever writes or reads them first. Throws std::bad_alloc.
+void* AllocateZeroed(size_t size);
+// `size` as it was allocated.
+void FreeZeroed(void* bytes, size_t size);
+
 // A fixed-size, 64-byte aligned array of trivial values, zeroed on construction. Movable, not
 // copyable.
 template <typename T>
@@ -29,9 +36,7 @@ class AlignedArray {
   AlignedArray() = default;
   explicit AlignedArray(size_t size) : size_(size) {
     if (size == 0) return;
-    void* bytes = ::operator new(size * sizeof(T), std::align_val_t{kAlignment});
-    std::memset(bytes, 0, size * sizeof(T));
-    data_.reset(static_cast<T*>(bytes));
+    data_ = {static_cast<T*>(AllocateZeroed(size * sizeof(T))), Free{size * sizeof(T)}};
   }
 
   T* data() { return data_.get(); }
@@ -44,7 +49,8 @@ class AlignedArray {
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
+    size_t bytes = 0;
+    void operator()(T* p) const { FreeZeroed(p, bytes); }
   };
   std::unique_ptr<T, Free> data_;
   size_t size_ = 0;

@@ -142,6 +142,15 @@ py::tuple ForwardBlock(Transformer& transformer, size_t layer, const py::array& 
   return py::make_tuple(after, copies);
 }
 
+py::dict SearchCountsOf(Transformer& transformer) {
+  const SearchCounts found = transformer.search_counts();
+  py::dict counts;
+  counts["searches"] = found.searches;
+  counts["fallbacks"] = found.fallbacks;
+  counts["rows"] = found.rows;
+  return counts;
+}
+
 py::dict PartSeconds(Transformer& transformer) {
   py::dict seconds;
   seconds["matmul"] = transformer.SecondsOf(Part::kMatmul);
@@ -288,8 +297,16 @@ void register_model(py::module_& model) {
           "Every weight by name, with its shape.");
   py::class_<SequenceState>(model, "SequenceState", "What the model remembers of one sequence.")
       .def_property_readonly("length", &SequenceState::length)
+      .def("repeat", &SequenceState::Repeat, py::arg("length"),
+           "Extends to `length` tokens that repeat what is present: a long context to measure.")
       .def("truncate", &SequenceState::Truncate, py::arg("length"),
            "Rolls back to the first `length` tokens.");
+  model.def(
+      "kv_bytes_per_token",
+      [](const ModelSpec& spec, const std::string& kv) {
+        return KvCache(spec, KvTypeFromName(kv)).bytes_per_token();
+      },
+      py::arg("spec"), py::arg("kv"), "What a model would remember of one token.");
   py::class_<Transformer>(model, "Transformer",
                           "The decoder, with weights repacked for this machine.")
       .def(py::init(
@@ -344,6 +361,8 @@ void register_model(py::module_& model) {
           py::arg("slot"), py::arg("weight"), "Other weights for a norm of a layer.")
       .def("forward", &Forward, py::arg("batch"), py::kw_only(), py::arg("logits") = "last",
            "Appends tokens to sequences; logits [sequences or tokens, vocab].")
+      .def("search_counts", &SearchCountsOf,
+           "What the two-stage head did since the model was made.")
       .def("likeliest_tokens", &LikeliestTokens, py::arg("batch"),
            "Appends tokens to sequences; the likeliest next token of each.");
 }

@@ -9,6 +9,8 @@
 
 #include "base/float16.h"
 #include "simd/highway_targets.h"
+// After highway_targets.h
+#include "hwy/cache_control.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/attention.cc"
@@ -60,12 +62,23 @@ HWY_INLINE void DotKeys(const float* queries, const T* keys, size_t head_dim,
   }
 }
 
-// scores[q * kAttentionChunk + t] = <query q, key t> for the `count` keys of one block.
+// Blocks lie far apart, and memory reads ahead within a page only: without this, every block starts
+// with a wait. `from` may be null.
+HWY_INLINE void PrefetchBytes(const uint8_t* from, size_t size) {
+  constexpr size_t kLine = 64;
+  if (from == nullptr) return;
+  for (size_t i = 0; i < size; i += kLine) hwy::Prefetch(from + i);
+}
+
+// scores[q * kAttentionChunk + t] = <query q, key t> for the `count` keys of one block. Meanwhile
+// as many bytes are fetched from `next`.
 template <typename T, size_t kQueries>
 HWY_INLINE void ScoreBlock(const float* queries, const T* keys, size_t head_dim, size_t count,
-                           float* scores) {
+                           const uint8_t* next, float* scores) {
+  const size_t row_bytes = head_dim * sizeof(T);
   size_t t = 0;
   for (; t + 4 <= count; t += 4) {
+    PrefetchBytes(next == nullptr ? nullptr : next + t * row_bytes, 4 * row_bytes);
     FourLanes sums[kQueries][4];
     for (size_t k = 0; k < 4; k += kKeysAtOnce) {
       FourLanes some[kQueries][4];
@@ -87,15 +100,17 @@ HWY_INLINE void ScoreBlock(const float* queries, const T* keys, size_t head_dim,
 }
 
 // out[q * stride + 0 .. 16 kChunks) += sum over the tokens of one block of weight * value, in token
-// order.
+// order. Meanwhile as many rows are fetched from `next`.
 template <typename T, size_t kQueries, size_t kChunks>
 HWY_INLINE void AddValues(const float* weights, const T* values, size_t head_dim, size_t count,
-                          float* out, size_t stride) {
+                          const uint8_t* next, float* out, size_t stride) {
+  const size_t row_bytes = head_dim * sizeof(T);
   Lanes sum[kQueries][kChunks];
   for (size_t q = 0; q < kQueries; ++q) {
     for (size_t c = 0; c < kChunks; ++c) sum[q][c] = Load(out + q * stride + c * kLanes);
   }
   for (size_t t = 0; t < count; ++t) {
+    PrefetchBytes(next == nullptr ? nullptr : next + t * row_bytes, row_bytes);
     Lanes value[kChunks];
     for (size_t c = 0; c < kChunks; ++c) value[c] = Load(values + t * head_dim + c * kLanes);
     for (size_t q = 0; q < kQueries; ++q) {
@@ -110,14 +125,16 @@ HWY_INLINE void AddValues(const float* weights, const T* values, size_t head_dim
 
 template <typename T, size_t kQueries>
 HWY_INLINE void AddBlock(const float* weights, const T* values, size_t head_dim, size_t count,
-                         float* out, size_t stride) {
+                         const uint8_t* next, float* out, size_t stride) {
   constexpr size_t kChunks = kValueSums / kQueries;  // enough sums to hide the latency of one
   size_t i = 0;
   for (; i + kChunks * kLanes <= head_dim; i += kChunks * kLanes) {
-    AddValues<T, kQueries, kChunks>(weights, values + i, head_dim, count, out + i, stride);
+    AddValues<T, kQueries, kChunks>(weights, values + i, head_dim, count, i == 0 ? next : nullptr,
+                                    out + i, stride);
   }
   for (; i + kLanes <= head_dim; i += kLanes) {
-    AddValues<T, kQueries, 1>(weights, values + i, head_dim, count, out + i, stride);
+    AddValues<T, kQueries, 1>(weights, values + i, head_dim, count, i == 0 ? next : nullptr,
+                              out + i, stride);
   }
   const size_t rest = head_dim - i;
   if (rest == 0) return;
@@ -138,12 +155,19 @@ struct BlockPart {
   const uint8_t* scales;  // int8: one float per row
   size_t first;           // the first token's place in the chunk
   size_t count;
+  const uint8_t* next;  // what is read after this part, or null
 };
 
-// Calls run(part) for the parts of tokens begin .. end - 1.
+template <typename T>
+HWY_INLINE const uint8_t* RowOf(const KvHead& head, size_t head_dim, size_t token) {
+  return head.blocks[token / kKvBlockTokens] + head.offset +
+         token % kKvBlockTokens * head_dim * sizeof(T);
+}
+
+// Calls run(part) for the parts of tokens begin .. end - 1; `after` is read after them, or null.
 template <typename T, typename Function>
 HWY_INLINE void ForEachBlock(const KvHead& head, size_t head_dim, size_t begin, size_t end,
-                             Function run) {
+                             const uint8_t* after, Function run) {
   size_t count = 0;
   for (size_t t = begin; t < end; t += count) {
     const size_t slot = t % kKvBlockTokens;
@@ -152,7 +176,8 @@ HWY_INLINE void ForEachBlock(const KvHead& head, size_t head_dim, size_t begin, 
     const T* rows = reinterpret_cast<const T*>(block);
     run(BlockPart<T>{rows + slot * head_dim,
                      block + kKvBlockTokens * head_dim * sizeof(T) + slot * sizeof(float),
-                     t - begin, count});
+                     t - begin, count,
+                     t + count < end ? RowOf<T>(head, head_dim, t + count) : after});
   }
 }
 
@@ -184,9 +209,11 @@ HWY_INLINE void AttendChunkOf(const AttentionGroup& group, size_t chunk, float* 
   const size_t begin = span.begin + chunk * kAttentionChunk;
   const size_t end = HWY_MIN(begin + kAttentionChunk, span.end);
   const size_t length = end - begin;
-  ForEachBlock<T>(group.keys, head_dim, begin, end, [&](const BlockPart<T>& part) HWY_ATTR {
+  const uint8_t* values = RowOf<T>(group.values, head_dim, begin);
+  ForEachBlock<T>(group.keys, head_dim, begin, end, values, [&](const BlockPart<T>& part) HWY_ATTR {
     ForEachHeads(group.heads, [&](auto queries, size_t head) HWY_ATTR {
       ScoreBlock<T, queries.value>(group.queries + head * head_dim, part.rows, head_dim, part.count,
+                                   head == 0 ? part.next : nullptr,
                                    scores + head * kAttentionChunk + part.first);
     });
     for (size_t head = 0; kScaled && head < group.heads; ++head) {
@@ -202,15 +229,18 @@ HWY_INLINE void AttendChunkOf(const AttentionGroup& group, size_t chunk, float* 
     part[head_dim + 1] = SumExp<true>(row, length, part[head_dim], row);
     for (size_t i = 0; i < head_dim; ++i) part[i] = 0.0f;
   }
-  ForEachBlock<T>(group.values, head_dim, begin, end, [&](const BlockPart<T>& part) HWY_ATTR {
-    for (size_t head = 0; kScaled && head < group.heads; ++head) {
-      MultiplyByScales(part.scales, part.count, scores + head * kAttentionChunk + part.first);
-    }
-    ForEachHeads(group.heads, [&](auto queries, size_t head) HWY_ATTR {
-      AddBlock<T, queries.value>(scores + head * kAttentionChunk + part.first, part.rows, head_dim,
-                                 part.count, parts + head * stride, stride);
-    });
-  });
+  const uint8_t* after = end < span.end ? RowOf<T>(group.keys, head_dim, end) : nullptr;
+  ForEachBlock<T>(
+      group.values, head_dim, begin, end, after, [&](const BlockPart<T>& part) HWY_ATTR {
+        for (size_t head = 0; kScaled && head < group.heads; ++head) {
+          MultiplyByScales(part.scales, part.count, scores + head * kAttentionChunk + part.first);
+        }
+        ForEachHeads(group.heads, [&](auto queries, size_t head) HWY_ATTR {
+          AddBlock<T, queries.value>(scores + head * kAttentionChunk + part.first, part.rows,
+                                     head_dim, part.count, head == 0 ? part.next : nullptr,
+                                     parts + head * stride, stride);
+        });
+      });
 }
 
 void AttendChunk(const AttentionGroup& group, size_t chunk, float* scores, float* parts) {

@@ -2,6 +2,9 @@
 // Blocks of the key-value cache; see kv_cache.h.
 #include "model/kv_cache.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "base/check.h"
 
 namespace tf {
@@ -27,9 +30,14 @@ size_t KvCache::ValueOffset(size_t layer, size_t kv_head) const {
 uint8_t* KvCache::Acquire() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (free_.empty()) {
-    blocks_.emplace_back(block_bytes_);
-    free_.reserve(blocks_.size());  // so that Release never allocates
-    return blocks_.back().data();
+    constexpr size_t kSlabBytes = size_t{1} << 23;  // a few huge pages; touched when used
+    const size_t count = std::max<size_t>(1, kSlabBytes / block_bytes_);
+    slabs_.emplace_back(count * block_bytes_);
+    blocks_ += count;
+    free_.reserve(blocks_);  // so that Release never allocates
+    for (size_t i = count; i > 0; --i) {
+      free_.push_back(slabs_.back().data() + (i - 1) * block_bytes_);
+    }
   }
   uint8_t* block = free_.back();
   free_.pop_back();
@@ -44,6 +52,17 @@ void KvCache::Release(uint8_t* block) {
 void SequenceState::Extend(size_t tokens) {
   while (blocks_.size() * kKvBlockTokens < length_ + tokens) blocks_.push_back(cache_->Acquire());
   length_ += tokens;
+}
+
+void SequenceState::Repeat(size_t length) {
+  const size_t present = blocks_.size();
+  Check(length_ != 0 && length_ == present * kKvBlockTokens && length >= length_,
+        "[sequence] repeating up to ", length, " tokens needs whole blocks of ", kKvBlockTokens,
+        " tokens and no more than that, the sequence has ", length_);
+  Extend(length - length_);
+  for (size_t block = present; block < blocks_.size(); ++block) {
+    std::memcpy(blocks_[block], blocks_[block % present], cache_->block_bytes());
+  }
 }
 
 void SequenceState::Truncate(size_t length) {

@@ -24,6 +24,8 @@ class KvCache {
   // What one token takes.
   size_t bytes_per_token() const { return block_bytes_ / kKvBlockTokens; }
 
+  size_t block_bytes() const { return block_bytes_; }
+
   // Bytes from the start of a block to the keys (or the values) of one head.
   size_t KeyOffset(size_t layer, size_t kv_head) const;
   size_t ValueOffset(size_t layer, size_t kv_head) const;
@@ -39,7 +41,8 @@ class KvCache {
   std::vector<LayerPlace> layers_;
   size_t block_bytes_ = 0;
   std::mutex mutex_;
-  std::vector<AlignedArray<uint8_t>> blocks_;
+  std::vector<AlignedArray<uint8_t>> slabs_;  // of several blocks
+  size_t blocks_ = 0;                         // in all slabs
   std::vector<uint8_t*> free_;
 };
 
@@ -58,6 +61,10 @@ class SequenceState {
 
   // Makes room for `tokens` more, then counts them as present.
   void Extend(size_t tokens);
+  // Extends to `length` tokens that repeat the keys and values of those present: what attention
+  // costs does not depend on them, so that measuring it at a long context needs no long prompt.
+  // Throws std::invalid_argument unless whole blocks are present, and no more than `length` tokens.
+  void Repeat(size_t length);
   // Rolls back to the first `length` tokens; throws std::invalid_argument when there are fewer.
   void Truncate(size_t length);
 

@@ -123,6 +123,9 @@ class Transformer {
   // Forward, and the likeliest token (the first of several) after the last token of each sequence.
   std::vector<int32_t> LikeliestTokens(TokenBatch batch);
 
+  // Since the model was made; zeros without a two-stage head.
+  SearchCounts search_counts();
+
   // The natural log-probability of tokens[i] at the head's input Candidates::input `inputs[i]`.
   std::vector<float> LogProbabilities(std::span<const std::span<const float>> inputs,
                                       std::span<const int32_t> tokens) const;

@@ -91,6 +91,11 @@ std::vector<int32_t> Transformer::LikeliestTokens(TokenBatch batch) {
   return tokens;
 }
 
+SearchCounts Transformer::search_counts() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return two_stage_head_.counts();
+}
+
 std::vector<float> Transformer::LogProbabilities(std::span<const std::span<const float>> inputs,
                                                  std::span<const int32_t> tokens) const {
   constexpr size_t kRows = 16;  // bounds the logits

@@ -182,7 +182,12 @@ void TwoStageHead::Run(Worker& worker, const LinearInput& input,
       Finish(part, x);
     }
     worker.Barrier();
-    if (!complete && worker.index() == 0) Gather(worker.count(), result);
+    if (worker.index() == 0) {
+      if (!complete) Gather(worker.count(), result);
+      ++counts_.searches;
+      counts_.fallbacks += complete ? 1 : 0;
+      counts_.rows += result.tokens.size();
+    }
     worker.Barrier();  // the parts are free again
   }
 }

@@ -40,6 +40,14 @@ struct Candidates {
   bool complete = false;
 };
 
+// What searches took, added up: the rows that were looked up in the exact head are those of its
+// searches that did not fall back to the whole of it.
+struct SearchCounts {
+  uint64_t searches = 0;
+  uint64_t fallbacks = 0;
+  uint64_t rows = 0;
+};
+
 // Finds candidates with a quantized head's upper bounds; docs/design/0009-head.md has the proof.
 class TwoStageHead {
  public:
@@ -51,6 +59,7 @@ class TwoStageHead {
 
   bool empty() const { return exact_ == nullptr; }
   size_t bytes() const { return quantized_.bytes(); }
+  const SearchCounts& counts() const { return counts_; }
 
   // Called by all workers of a team of at most as many as that of the constructor, each with the
   // same arguments; `input` holds one row per search, at most kMaxTokens, finished before. A search
@@ -83,6 +92,7 @@ class TwoStageHead {
   std::vector<float> bounds_;  // kMaxTokens x rows
   std::vector<float> exact_logits_;
   std::vector<Part> parts_;
+  SearchCounts counts_;
 };
 
 }  // namespace tf

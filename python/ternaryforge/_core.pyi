@@ -366,8 +366,11 @@ class model:
         # norms and biases are floats; every matrix, embeddings and head included, may be f32, f16, bf16, int8 (tensor
         # or row scales) or ternary (any scales)
 
+    @staticmethod
+    def kv_bytes_per_token(spec: model.ModelSpec, kv: KvType) -> int: ...
     class SequenceState:
         length: int
+        def repeat(self, length: int) -> None: ...  # extends by what is present, over and over: for benchmarks
         def truncate(self, length: int) -> None: ...
 
     class Transformer:
@@ -402,6 +405,8 @@ class model:
         def time_parts(self, on: bool) -> None: ...  # starts, from zero, or ends adding up where time goes
         def likeliest_tokens(self, batch: Sequence[tuple[Int32, model.SequenceState]]) -> list[int]: ...
         # forward, and the likeliest next token of each sequence: the first of several
+        def search_counts(self) -> dict[str, int]: ...
+        # of the two-stage head: "searches", "fallbacks" to all logits, "rows" looked up by the others
         def part_seconds(self) -> dict[str, float]: ...  # of "matmul", "head", "attention", "rest"
         def embed(self, tokens: Int32) -> Float32: ...  # the start of one sequence, [tokens, hidden_size]
         def forward_block(

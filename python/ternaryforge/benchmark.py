@@ -28,13 +28,15 @@ Progress = Callable[[int, int, str], None]
 
 _CHECKED_PROMPT, _CHECKED_TOKENS = 24, 16
 _PROFILED_TOKENS = 8
+_FIRST_TOKENS = 256  # whole blocks of the key-value cache
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """One combination. Rates are medians; `_range` is their 10th and 90th percentile.
 
-    `decode`: one token after the other, chosen greedily, after `context` tokens. `prefill`:
+    `decode`: one token after the other, chosen greedily, after `context` tokens, of which those behind
+    the first 256 repeat their keys and values. `prefill`:
     `prompt_tokens` at once, after as many. `decode_bandwidth_share`: bytes of weights and of keys
     and values that a token reads, times the rate, by the measured bandwidth. `prefill_peak_share`:
     multiply-adds of the layers' matrices times the rate, by the measured dot peak. `_parts` are
@@ -224,8 +226,7 @@ def _measure(
     state = transformer.new_sequence()
     meter = EnergyMeter()
     for context in sorted(plan.contexts):
-        if context > state.length:
-            transformer.forward([(ids[state.length : context], state)], logits="none")
+        _reach(transformer, state, context, ids)
         _decode(transformer, state, context, ids, 4)  # warms up
         meter.start()
         steps = _decode(transformer, state, context, ids, plan.decode_tokens)
@@ -267,6 +268,18 @@ def _against(result: BenchmarkResult, before: Machine, machine: Machine) -> Benc
         prefill_peak_share=result.prefill_peak_share
         * (before.dot_peak[target][threads] / machine.dot_peak[target][threads]),
     )
+
+
+def _reach(
+    transformer: _core.model.Transformer, state: _core.model.SequenceState, context: int, ids: NDArray[np.int32]
+) -> None:
+    """Extends to `context` tokens; those behind the first ones repeat their keys and values, since time is the same."""
+    first = min(context, _FIRST_TOKENS)
+    if first > state.length:
+        transformer.forward([(ids[state.length : first], state)], logits="none")
+    if context > state.length:
+        state.truncate(first)
+        state.repeat(context)
 
 
 def _decode(

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ternaryforge import _core
+from ternaryforge.checkpoint import FLOAT_DTYPES
 from ternaryforge.checkpoint_writer import TensorPlan
 from ternaryforge.families import Architecture
-from ternaryforge.model import Activations
+from ternaryforge.model import Activations, HeadMode, KvType
 
 # Measured on Linux x86-64 with CPython 3.11 and NumPy 2: the interpreter, the libraries, the command line.
 PROCESS_ANONYMOUS = 20_000_000
@@ -25,6 +26,7 @@ _TOKENIZER_FIRST = 32_000
 
 WORKSPACE_TOKENS = 128  # go through the layers together: Transformer::kMaxTokens
 KV_BLOCK_TOKENS = 32
+HEAD_BITS = {"int8": 8, "int6": 6, "int4": 4, "two-stage": 6}
 SCORED_TOKENS = 64  # whose logits `evaluate` holds at once
 _LATENT_BYTES = 1 + 3 * 4  # of a trit, and of the floats of a part on their way to it
 _LATENT_CHUNK = 1 << 22
@@ -56,7 +58,8 @@ class Footprint:
     `tensors` are those of the checkpoint by name, `file_bytes` the size of its weights files,
     `kept_bytes` of those that stay mapped because a matrix in them is used as it lies there,
     `has_tokenizer` whether the folder holds a tokenizer that will be loaded, `activations` and
-    `threads` what it will run with: this machine's choice of a layout depends on them.
+    `threads` what it will run with: this machine's choice of a layout depends on them; `kv` and
+    `head` are those of `TernaryModel.from_pretrained`. `head_bytes` is what the head reads for a token.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Footprint:
         has_tokenizer: bool,
         activations: Activations,
         threads: int,
+        kv: KvType = "f32",
+        head: HeadMode = "exact",
     ) -> None:
         self.file_bytes = file_bytes
         self._kept_bytes = kept_bytes
@@ -118,9 +123,14 @@ class Footprint:
             else _core.formats.layout_bytes("t16", rows, cols)
             for slot, (rows, cols) in packed.items()
         )
-        self.kv_bytes_per_token = sum(
-            4 * rows for slot, (rows, _) in slots.items() if slot.endswith((".key", ".value"))
-        )
+        self.kv_bytes_per_token = _core.model.kv_bytes_per_token(spec, kv)
+        table = tensors[architecture.tensor_names["embedding" if architecture.tied_head else "head"]]
+        self.head_bytes = table.nbytes
+        self._quantized_head_bytes = 0
+        if head != "exact" and table.dtype in FLOAT_DTYPES:
+            self.head_bytes = _core.kernels.quantized_head_bytes(spec.vocab_size, spec.hidden_size, HEAD_BITS[head])
+            self._quantized_head_bytes = self.head_bytes
+            self.read_dense_bytes += self.head_bytes - table.nbytes
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self._workspace = _workspace_bytes(slots, spec.hidden_size)
 
@@ -133,6 +143,8 @@ class Footprint:
             "norms and biases": self._vector_bytes,
             "workspace": self._workspace + 4 * threads * self.context_length,
         }
+        if self._quantized_head_bytes:
+            parts["quantized head"] = self._quantized_head_bytes
         if self._latent_bytes:
             parts["latents on their way"] = self._latent_bytes
         if self._has_tokenizer:

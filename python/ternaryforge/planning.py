@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
@@ -26,7 +26,7 @@ from ternaryforge.families.base import Part
 from ternaryforge.footprint import SCORED_TOKENS, Footprint, Memory, conversion_memory
 from ternaryforge.machine_rates import RunRates, measure_rounding_rate, measure_run_rates
 from ternaryforge.memory import available_bytes
-from ternaryforge.model import Activations, default_activations
+from ternaryforge.model import Activations, HeadMode, KvType, default_activations
 from ternaryforge.quantization import Quantization, ScaleKind
 from ternaryforge.report import Report
 from ternaryforge.rounding import SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
@@ -82,7 +82,10 @@ class PlanReport(Report):
     peak_rss_bytes: int
     peak_anonymous_bytes: int
     peak_mapped_bytes: int
+    kv: str
     kv_bytes_per_token: int
+    head: str
+    head_bytes: int
     tokens_per_second: float
     prompt_tokens_per_second: float
     expected_loss: ExpectedLoss
@@ -112,6 +115,8 @@ def plan(
     scale: ScaleKind = "tensor",
     group_size: int = 128,
     activations: Activations | None = None,
+    kv: KvType = "f32",
+    head: HeadMode = "exact",
     threads: int | None = None,
     prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
@@ -126,6 +131,8 @@ def plan(
         scale: As in `convert`, with a method.
         group_size: As in `convert`, with `scale="group"`.
         activations: As in `TernaryModel.from_pretrained`.
+        kv: Likewise.
+        head: Likewise; `head_bytes` of the report is what a token reads of it.
         threads: Default: the physical cores at hand.
         prompt_tokens: Length of the prompt that `generate` is planned for; default 128, or half of a short context.
         max_new_tokens: Tokens that it shall generate.
@@ -142,6 +149,11 @@ def plan(
         )
     if activations not in (None, "int8", "int16", "float"):
         raise ValueError(f"[plan] activations must be 'int8', 'int16' or 'float', got {activations!r}")
+    if kv not in get_args(KvType) or head not in get_args(HeadMode):
+        raise ValueError(
+            f"[plan] kv is one of {', '.join(get_args(KvType))} and head one of {', '.join(get_args(HeadMode))}, "
+            f"got {kv!r} and {head!r}"
+        )
     if (source is None) == (shape is None):
         raise ValueError("[plan] name either a source or a shape")
     given = _read_folder(source) if source is not None else _make_shape(str(shape), dense=method in SCHEMES)
@@ -169,12 +181,14 @@ def plan(
         has_tokenizer=result.has_tokenizer,
         activations=mode,
         threads=threads,
+        kv=kv,
+        head=head,
     )
     total = min(prompt_tokens + max_new_tokens, context)
     loading = footprint.packed_bytes / rates.repack_bytes + footprint.file_bytes / _CHECKED_BYTES_PER_SECOND
     token = _token_seconds(footprint, rates, total)
     prompt = _prompt_seconds(footprint, rates)
-    head = footprint.vocab_size * result.architecture.spec.hidden_size / rates.dense_prefill
+    head_seconds = footprint.vocab_size * result.architecture.spec.hidden_size / rates.dense_prefill
     stages += [
         _stage(
             "generate",
@@ -184,7 +198,7 @@ def plan(
         ),
         _stage(
             "evaluate",
-            loading + _EVALUATED_TOKENS * (prompt + head),
+            loading + _EVALUATED_TOKENS * (prompt + head_seconds),
             footprint.run(threads, tokens=min(_EVALUATION_WINDOW, context), logit_rows=SCORED_TOKENS),
             f"loads, scores {_EVALUATED_TOKENS:,} tokens",
         ),
@@ -209,7 +223,10 @@ def plan(
         peak_rss_bytes=peak.peak_rss_bytes,
         peak_anonymous_bytes=max(stage.peak_anonymous_bytes for stage in stages),
         peak_mapped_bytes=max(stage.peak_mapped_bytes for stage in stages),
+        kv=kv,
         kv_bytes_per_token=footprint.kv_bytes_per_token,
+        head=head,
+        head_bytes=footprint.head_bytes,
         tokens_per_second=1 / token,
         prompt_tokens_per_second=1 / prompt,
         expected_loss=loss,

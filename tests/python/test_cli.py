@@ -125,7 +125,10 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     odd = run_json("inspect", made_models.write_folder(tmp_path, config, {}))
     assert "'MambaForCausalLM' is not supported" in odd["warnings"][0]
     assert "no tokenizer" in odd["warnings"][1]
-    assert run_json("inspect", "demo")["quantization"]["method"] == "bitnet"
+    demo = run_json("inspect", "demo")
+    assert demo["quantization"]["method"] == "bitnet"
+    assert demo["head_bytes"] == {"exact": 524288, "int8": 282624, "int6": 225280, "int4": 151552}
+    assert odd["head_bytes"] is None
     shown = " ".join(run("inspect", "demo").stdout.split())
     assert "a scale per tensor (stored as reciprocals), activations in 8 bits; dense: lm_head" in shown
     shown = " ".join(run("inspect", tmp_path).stdout.split())  # where lines break depends on the folder's name

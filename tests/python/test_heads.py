@@ -74,6 +74,7 @@ def test_log_probabilities_of_a_stream_come_when_asked_for(demos: dict[HeadMode,
 def test_likeliest_tokens(demos: dict[HeadMode, TernaryModel]) -> None:
     prompts = [np.array(demos["exact"].encode(text), np.int32) for text in (PROMPT, "The dog ran", "Lily")]
     logits = {}
+    before = demos["two-stage"].transformer.search_counts()
     for head in ("exact", "two-stage"):
         transformer = demos[head].transformer
         states = [transformer.new_sequence() for _ in prompts]
@@ -82,6 +83,11 @@ def test_likeliest_tokens(demos: dict[HeadMode, TernaryModel]) -> None:
         assert [state.length for state in states] == [len(prompt) for prompt in prompts]
     expected = [int(demos["exact"].logits(prompt)[-1].argmax()) for prompt in prompts]
     assert logits["exact"] == logits["two-stage"] == expected
+    counts = demos["two-stage"].transformer.search_counts()
+    assert counts["searches"] - before["searches"] == 3
+    assert counts["fallbacks"] == before["fallbacks"]
+    assert 3 <= counts["rows"] - before["rows"] <= 3 * 256
+    assert demos["exact"].transformer.search_counts() == {"searches": 0, "fallbacks": 0, "rows": 0}
 
 
 @pytest.mark.shared

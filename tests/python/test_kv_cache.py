@@ -81,6 +81,26 @@ def test_roll_back_forgets(folder: Path) -> None:
     np.testing.assert_array_equal(model.forward([(IDS[30:70], state)]), first)
 
 
+def test_repeats_what_is_present(folder: Path) -> None:
+    model = TernaryModel.from_pretrained(folder, threads=1, kv="f16").transformer
+    state, other = model.new_sequence(), model.new_sequence()
+    with pytest.raises(ValueError, match=r"\[sequence\] repeating up to 64 tokens needs whole blocks .* has 0"):
+        state.repeat(64)
+    model.forward([(IDS[:64], state)], logits="none")
+    model.forward([(IDS[:64], other)], logits="none")
+    with pytest.raises(ValueError, match=r"no more than that, the sequence has 64"):
+        state.repeat(63)
+    state.repeat(150)
+    assert state.length == 150
+    other.repeat(128)
+    other.repeat(150)  # the first four blocks are those of two, twice
+    np.testing.assert_array_equal(model.forward([(IDS[:3], state)]), model.forward([(IDS[:3], other)]))
+    state.truncate(64)
+    fresh = model.new_sequence()
+    model.forward([(IDS[:64], fresh)], logits="none")
+    np.testing.assert_array_equal(model.forward([(IDS[64:70], state)]), model.forward([(IDS[64:70], fresh)]))
+
+
 def test_refuses_another_kind(folder: Path) -> None:
     with pytest.raises(ValueError, match="kv must be 'f32', 'f16' or 'int8', got 'q4'"):
         TernaryModel.from_pretrained(folder, kv="q4")  # type: ignore[arg-type]

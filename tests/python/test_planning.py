@@ -17,6 +17,7 @@ from ternaryforge import FormatError, TernaryModel, _core, convert, machine_rate
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.expected_loss import FIGURES
 from ternaryforge.machine_rates import RunRates
+from ternaryforge.model import HeadMode, KvType
 from ternaryforge.rounding import RoundingOptions
 
 RATES = RunRates(packed_bytes=1e9, dense_bytes=2e9, packed_prefill=1e10, dense_prefill=5e9, repack_bytes=4e9)
@@ -65,6 +66,28 @@ def test_times_follow_from_the_rates() -> None:
     loading = packed / 4e9 + report.file_bytes / 1e9
     assert report.stages[0].seconds == pytest.approx(loading + 100 * prompt + 50 * token)
     assert report.seconds == pytest.approx(sum(stage.seconds for stage in report.stages))
+
+
+@pytest.mark.parametrize(("head", "kv"), [("int6", "f16"), ("int4", "int8"), ("two-stage", "f32"), ("exact", "f16")])
+def test_heads_and_caches_of_fewer_bits(head: HeadMode, kv: KvType) -> None:
+    report, exact = plan("demo", head=head, kv=kv), plan("demo")
+    transformer = TernaryModel.demo(threads=1, head=head, kv=kv).transformer
+    assert (report.head, report.kv) == (head, kv)
+    assert report.head_bytes == transformer.head_bytes
+    assert report.kv_bytes_per_token == transformer.kv_bytes_per_token
+    packed = report.stages[0].parts["packed weights"]
+    token = packed / 1e9 + (report.head_bytes + 256 * report.kv_bytes_per_token) / 2e9
+    assert report.tokens_per_second == pytest.approx(1 / token)
+    parts = report.stages[0].parts
+    assert parts.get("quantized head", 0) == (0 if head == "exact" else report.head_bytes)
+    more = parts.get("quantized head", 0) - 256 * (exact.kv_bytes_per_token - report.kv_bytes_per_token)
+    assert report.stages[0].peak_anonymous_bytes == exact.stages[0].peak_anonymous_bytes + more
+    assert plan(shape="llama3-8b", head="int6").head_bytes == 128256 * (4096 * 13 // 16 + 12)
+
+
+def test_unknown_heads_and_caches_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[plan\] kv is one of .*, got 'f32' and 'int5'"):
+        plan("demo", head="int5")  # type: ignore[arg-type]
 
 
 def test_no_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
