@@ -252,6 +252,8 @@ def test_what_a_user_should_know(tmp_path: Path) -> None:
     assert report.notes == ("Builds of bitnet.cpp before July 2026 do not know the architecture 'qwen3'.",)
     assert judged(tmp_path / "b.gguf", "bitnet.cpp").startswith("refuses")
     assert tf.export(qwen3, tmp_path / "c.gguf", threads=1).notes == ()
+    notes = tf.export(qwen3, tmp_path / "d.gguf", profile="ik", threads=1).notes
+    assert notes == ("12 layers with 256 columns are written as Q4_0: IQ2_BN does not hold this width or such scales.",)
 
 
 def judged(file: Path, engine: str) -> str:

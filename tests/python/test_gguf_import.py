@@ -51,7 +51,7 @@ def test_a_real_file_runs(shared: Path) -> None:
     assert found.tensors["F16"]["count"] == 9
     assert found.tokenizer is not None
     assert found.tokenizer["vocab_size"] == 32000
-    assert found.engines["llama.cpp"] == "runs"
+    assert found.engines["llama.cpp"] == found.engines["ternaryforge"] == "runs"
     assert not found.warnings
 
 
@@ -232,3 +232,49 @@ def test_chat_templates(tmp_path: Path) -> None:
         assert sorted(template.sources) == ["default", "tool_use"]
         assert template.source("tool_use") == "tools {{ messages[0].content }}"
         assert model.chat(messages, max_new_tokens=2).prompt_tokens == 1 + len("[user]hé".encode())
+
+
+WIDE = {"llama.embedding_length": ("uint32", 256), "llama.feed_forward_length": ("uint32", 256)}
+WIDE_SHAPES = {name: tuple(12 if name == "token_embd.weight" and i == 0 else 256 for i in range(len(shape)))
+               for name, shape in LLAMA_SHAPES.items()}  # fmt: skip
+
+
+def test_types_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    with _core.io.GgufWriter(path) as writer:
+        for key, (kind, value) in llama_metadata(**WIDE).items():
+            writer.add_metadata(key, value, kind)
+        for name, shape in WIDE_SHAPES.items():
+            writer.add_tensor(name, shape, "Q5_K" if "attn_v" in name else "F32")
+        for name, shape in WIDE_SHAPES.items():
+            writer.write(name, bytes(256 * 176) if "attn_v" in name else np.ones(shape, np.float32))
+        writer.finish()
+    refused(path, "'blk.0.attn_v.weight' has type Q5_K, which cannot be read here; supported are F32")
+    found = inspect(path)
+    assert any("Q5_K" in text for text in found.warnings)
+    assert found.engines["ternaryforge"].startswith("refuses: ")
+
+
+def test_a_scale_beside_dense_weights(tmp_path: Path) -> None:
+    """It counts, whether the weights are ternary or not."""
+    shapes = LLAMA_SHAPES | {"blk.0.ffn_up.scale": (1,), "blk.0.attn_q.scale": (1,)}
+    scaled, plain = tmp_path / "scaled.gguf", tmp_path / "plain.gguf"
+    rng = np.random.default_rng(3)
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in LLAMA_SHAPES.items()}
+    values["blk.0.attn_q.weight"] = np.float32(0.25) * rng.integers(-1, 2, (8, 8)).astype(np.float32)
+    for path, factor in ((scaled, None), (plain, np.float32(1.7))):
+        with _core.io.GgufWriter(path) as writer:
+            for key, (kind, value) in llama_metadata().items():
+                writer.add_metadata(key, value, kind)
+            names = shapes if factor is None else LLAMA_SHAPES
+            for name, shape in names.items():
+                writer.add_tensor(name, shape, "F32")
+            for name in names:
+                if name.endswith(".scale"):
+                    writer.write(name, np.array([1.7], np.float32))
+                else:
+                    weight = name.removesuffix("weight") + "scale" in shapes
+                    writer.write(name, values[name] if factor is None or not weight else values[name] * factor)
+            writer.finish()
+    models = [tf.TernaryModel.from_pretrained(path, activations="float") for path in (scaled, plain)]
+    np.testing.assert_array_equal(models[0].logits([1, 2, 3]), models[1].logits([1, 2, 3]))

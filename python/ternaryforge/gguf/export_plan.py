@@ -91,6 +91,7 @@ class ExportPlan:
         self.tensors: list[Planned] = []
         for slot, (rows, cols) in slots.items():
             self._plan(slot, rows, cols)
+        self._note_other_types()
         self.notes += warn_of(profile, self.known, {tensor.type_name for tensor in self.tensors})
         factors = llama3_factors(source.config, where=source.where)
         if factors is not None:
@@ -149,6 +150,20 @@ class ExportPlan:
         if storage.sidecar:
             scale = name.removesuffix("weight") + "scale"
             self.tensors.append(Planned(scale, None, 1, 1, "F32", is_vector=True, value=scales.reshape(1)))
+
+    def _note_other_types(self) -> None:
+        """Says which layers are of another type than the first that was tried, and why."""
+        first = self._types[0].name
+        other: dict[tuple[str, int], int] = {}
+        for tensor in self.tensors:
+            if tensor.storage is not None and tensor.type_name != first:
+                key = (tensor.type_name, tensor.cols)
+                other[key] = other.get(key, 0) + 1
+        for (name, cols), count in other.items():
+            self.notes.append(
+                f"{count} layers with {cols} columns are written as {name}: {first} does not hold this width or such "
+                "scales."
+            )
 
     def _refuse_rounding(self, name: str, cols: int, found: Scales) -> None:
         """A layer that only the precision of its scales keeps out of every type is not blown up to 32 bits."""

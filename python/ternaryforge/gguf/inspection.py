@@ -45,9 +45,11 @@ def describe_gguf(path: Path) -> GgufDescription:
             warnings.append("There is no tokenizer: only token ids can be generated from.")
     except FormatError as error:
         warnings.append(str(error))
+    ours = "runs"
     try:
         GgufSource.open(path)
     except FormatError as error:
+        ours = f"refuses: {error}"
         if str(error) not in warnings:
             warnings.append(str(error))
     warnings += _traps(file)
@@ -60,7 +62,8 @@ def describe_gguf(path: Path) -> GgufDescription:
         tokenizer=tokenizer,
         file_bytes=sum(part.stat().st_size for part in file.paths),
         warnings=warnings,
-        engines={
+        engines={"ternaryforge": ours}
+        | {
             engine.name: engine.verdict + (f": {engine.reason}" if engine.reason else "")
             for engine in judge_engines(file)
         },

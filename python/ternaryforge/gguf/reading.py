@@ -71,8 +71,8 @@ class GgufSource:
         file: _core.io.GgufFile,
         config: dict[str, Any],
         architecture: Architecture,
-        vocabulary: Vocabulary | None,
         *,
+        vocabulary: Vocabulary | None,
         i2s_layout: I2sLayout,
     ) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class GgufSource:
                 )
         architecture = read_architecture({key: value for key, value in config.items() if value is not None},
                                          where=where)  # fmt: skip
-        source = cls(path, file, config, architecture, vocabulary, i2s_layout=i2s_layout)
+        source = cls(path, file, config, architecture, vocabulary=vocabulary, i2s_layout=i2s_layout)
         source._check_tensors()
         return source
 
@@ -202,7 +202,7 @@ class GgufSource:
         rows, cols = tensor.shape
         factor = self._factor(slot)
         if tensor.type_name in PLAIN_TYPES or tensor.type_name == "Q8_0":
-            return self._found(slot, tensor, factor, threads)
+            return self._found(slot, tensor, threads)
         try:
             trits, blocks = _core.formats.decode_ternary(self._layout(tensor), tensor.data, rows, cols, threads=threads)
         except FormatError as error:
@@ -232,11 +232,10 @@ class GgufSource:
         row_bytes = len(tensor.data) // count
         data = tensor.data[begin * row_bytes : end * row_bytes]
         if tensor.type_name not in DENSE_TYPES:
-            raise FormatError(
-                f"[gguf] '{tensor.path}': tensor '{tensor.name}' has type {tensor.type_name}; it must be dense "
-                f"({', '.join(DENSE_TYPES)})"
-            )
+            raise _unknown_type(tensor)
         values = _core.formats.dequantize(tensor.type_name, data, end - begin, cols, threads=threads)
+        if self.has_scale(slot):
+            values = values * self._factor(slot)
         if not np.isfinite(values).all():
             raise FormatError(f"[gguf] '{tensor.path}': tensor '{tensor.name}' holds NaN or infinity; it is damaged")
         if len(tensor.shape) == 1:
@@ -249,7 +248,7 @@ class GgufSource:
             values = to_halves(values, self.config["head_dim"])
         return self._trimmed(slot, values, begin)
 
-    def _found(self, slot: str, tensor: _core.io.GgufTensor, factor: np.float32, threads: int) -> Ternary | None:
+    def _found(self, slot: str, tensor: _core.io.GgufTensor, threads: int) -> Ternary | None:
         """Trits in floats, if they are ones; most are not, and a few rows show it."""
         probed = min(_PROBED_ROWS, tensor.shape[0])
         row_bytes = len(tensor.data) // tensor.shape[0]
@@ -262,7 +261,7 @@ class GgufSource:
         if found is None:
             return None
         kind, trits, scales = found
-        return Ternary(trits, kind, _LEAST_GROUP if kind == "group" else 0, scales * factor)
+        return Ternary(trits, kind, _LEAST_GROUP if kind == "group" else 0, scales)
 
     def _finish(
         self, slot: str, trits: NDArray[np.int8], kind: ScaleKind, group_size: int, scales: NDArray[np.float32]
@@ -330,7 +329,7 @@ class GgufSource:
                 f"[gguf] '{tensor.path}': tensor '{tensor.name}' of architecture {self.known.name} is not ternary: the "
                 "file holds the latents of training; convert the model from its Hugging Face folder"
             )
-        mapped = tensor.type_name in PLAIN_TYPES and rows * cols == np.prod(tensor.shape)
+        mapped = tensor.type_name in PLAIN_TYPES and rows * cols == np.prod(tensor.shape) and not self.has_scale(slot)
         if mapped and not is_permuted(self.known, slot) and not (is_norm(slot) and self.known.unit_norms):
             for begin, end in _parts(rows, cols):
                 self.floats(slot, (begin, end) if rows > 1 else None)  # checked, not kept
@@ -376,14 +375,21 @@ class GgufSource:
             extras.add(name)
             if self.architecture.is_linear(slot):
                 extras.add(_scale_name(slot))
-        for name, tensor in self.file.tensors.items():
-            if name not in extras:
-                raise FormatError(
-                    f"[gguf] '{tensor.path}': tensor '{name}' is no part of the architecture {self.known.name} as it "
-                    "is known here; running without it would change the result"
-                )
-            if name.endswith(".scale") and (tensor.type_name != "F32" or np.prod(tensor.shape) != 1):
-                raise FormatError(f"[gguf] '{tensor.path}': tensor '{name}' must be one number of type F32")
+        for tensor in self.file.tensors.values():
+            self._check_use(tensor, extras)
+
+    def _check_use(self, tensor: _core.io.GgufTensor, known: set[str]) -> None:
+        """Refuses a tensor that no part of the model takes, or of a type that cannot be read."""
+        name = tensor.name
+        if name not in known:
+            raise FormatError(
+                f"[gguf] '{tensor.path}': tensor '{name}' is no part of the architecture {self.known.name} as it "
+                "is known here; running without it would change the result"
+            )
+        if tensor.type_name not in {*TERNARY_TYPES, *DENSE_TYPES}:
+            raise _unknown_type(tensor)
+        if name.endswith(".scale") and (tensor.type_name != "F32" or np.prod(tensor.shape) != 1):
+            raise FormatError(f"[gguf] '{tensor.path}': tensor '{name}' must be one number of type F32")
 
 
 def is_gguf(path: Path) -> bool:
@@ -409,6 +415,19 @@ def first_part(path: Path) -> Path:
 
 def _scale_name(slot: str) -> str:
     return tensor_name(slot).removesuffix("weight") + "scale"
+
+
+def _unknown_type(tensor: _core.io.GgufTensor) -> FormatError:
+    known = ", ".join(dict.fromkeys((*DENSE_TYPES, *TERNARY_TYPES)))
+    advice = f"supported are {known}"
+    if tensor.type_name in TERNARY_TYPES:
+        advice = f"it must be dense: {', '.join(DENSE_TYPES)}"
+    elif tensor.type_name in {"TL1", "TL2"}:
+        advice = "it is cut for the kernels of one build: take the model's own checkpoint or its I2_S file"
+    return FormatError(
+        f"[gguf] '{tensor.path}': tensor '{tensor.name}' has type {tensor.type_name}, which cannot be read here; "
+        f"{advice}"
+    )
 
 
 def _vector(tensor: _core.io.GgufTensor) -> NDArray[np.float32]:
