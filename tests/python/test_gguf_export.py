@@ -181,6 +181,19 @@ def test_a_dense_model_and_a_file_of_a_file(tmp_path: Path) -> None:
     assert tf.TernaryModel.from_pretrained(tmp_path / "c.gguf").transformer.activations == "int8"
 
 
+@pytest.mark.parametrize("head", ["Q6_K", "Q8_0", "BF16"])
+def test_a_rounded_head_is_copied(tmp_path: Path, head: str) -> None:
+    folder = gguf_models.write_model(tmp_path / "model", "llama")
+    first = tf.export(folder, tmp_path / "a.gguf", head=head, threads=1)
+    assert not first.exact
+    assert any("Not every weight is exact" in note for note in first.notes)
+    again = tf.export(tmp_path / "a.gguf", tmp_path / "b.gguf", profile="portable", threads=1)
+    assert (again.exact, again.tensors_by_type[head]["count"]) == (True, 1)
+    files = [GgufSource.open(tmp_path / name).file for name in ("a.gguf", "b.gguf")]
+    embeddings = [file.tensors["token_embd.weight"].data.tobytes() for file in files]
+    assert embeddings[0] == embeddings[1]
+
+
 def test_trits_in_floats_are_found(tmp_path: Path) -> None:
     folder = gguf_models.write_model(tmp_path / "model", "bitnet-silu", intermediate_size=172)
     tf.export(folder, tmp_path / "a.gguf", threads=1)
