@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import ternaryforge as tf
 from ternaryforge.gguf.exporting import export_gguf
+from ternaryforge.gguf.profiles import LATE_IN_BITNET_CPP
 
 MOST_KL = 0.01
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -79,6 +80,8 @@ def main() -> int:
                 for ternary_type in types:
                     file = work / "out.gguf"
                     report = export_gguf(source, file, profile=engine, ternary_type=ternary_type)
+                    if engine == "bitnetcpp" and report.arch in LATE_IN_BITNET_CPP:
+                        continue
                     found: dict[str, Any] = {"model": name, "engine": engine, "arch": report.arch}
                     found["types"] = {kind: entry["count"] for kind, entry in report.tensors_by_type.items()}
                     try:
