@@ -41,6 +41,7 @@ PYBIND11_MODULE(_core, m) {
   tf::register_io(io);
   auto kernels = m.def_submodule("kernels", "Arithmetic");
   tf::register_kernels(kernels);
+  tf::register_raw_linear(kernels);
   tf::register_float_kernels(kernels);
   tf::register_machine_limits(kernels);
   tf::register_head(kernels);

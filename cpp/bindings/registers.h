@@ -12,6 +12,7 @@ void register_formats(pybind11::module_& module);
 void register_file_formats(pybind11::module_& module);
 void register_io(pybind11::module_& module);
 void register_kernels(pybind11::module_& module);
+void register_raw_linear(pybind11::module_& module);
 void register_float_kernels(pybind11::module_& module);
 void register_machine_limits(pybind11::module_& module);
 void register_head(pybind11::module_& module);

@@ -167,6 +167,21 @@ class kernels:
         x: Float32, tensor: formats.PackedTensor, *, activations: Activations, threads: int = 1
     ) -> Float32: ...  # [m, cols] -> [m, rows]
     @staticmethod
+    def linear_at(  # `linear` on addresses of C-contiguous arrays, for callers without NumPy arrays
+        x: int,  # float32 [tokens, cols]
+        tokens: int,
+        cols: int,
+        weight: int,  # layout_bytes(layout, rows, cols) bytes
+        rows: int,
+        layout: str,  # a run-time layout: "t16", "f32", "f16", "bf16", "int8"
+        scales: int,  # float32 [scale_count]: 0 for floats, 1, rows, or rows x groups
+        scale_count: int,
+        group_size: int,  # 0 unless scales belong to groups
+        out: int,  # float32 [tokens, rows]
+        activations: Activations,
+        threads: int,
+    ) -> None: ...
+    @staticmethod
     def ternary_dot(codes: Int8, tensor: formats.PackedTensor) -> Int32: ...  # exact sums trit * code, [m, rows]
     @staticmethod
     def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float32: ...

@@ -7,6 +7,7 @@ Needs the extra `torch`. What needs transformers as well is in `ternaryforge.hf`
 """
 
 from ternaryforge.torch.distillation import DistillationLoss, FeatureTap
+from ternaryforge.torch.linear import TernaryLinear, optimize_layers
 from ternaryforge.torch.monitor import CodeMonitor
 from ternaryforge.torch.qat import QATConfig, QATLinear, prepare_qat, qat_layers
 from ternaryforge.torch.quantizers import QUANTIZERS, Codes, Quantizer
@@ -29,8 +30,10 @@ __all__ = [
     "QATConfig",
     "QATLinear",
     "Quantizer",
+    "TernaryLinear",
     "anneal_sharpness",
     "clip_latents",
+    "optimize_layers",
     "prepare_qat",
     "qat_layers",
     "residual_strength",
