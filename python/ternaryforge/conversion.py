@@ -295,7 +295,7 @@ class _Rounding(_Copy):
         trained = self._architecture.family == "bitnet" or quantization is not None
         kept = None if quantization is None else quantization.excluded
         if self._rules:
-            fields: dict[str, Any] = {"quant_method": "ternaryforge", "scale": "tensor", "activation_bits": None}
+            fields: dict[str, Any] = {"quant_method": "ternaryforge", "scale": "tensor", "activation_bits": 16}
         elif self._options.scale == "tensor":
             fields = {
                 "quant_method": "bitnet",

@@ -181,8 +181,12 @@ def test_against_numpy(tmp_path: Path, name: str) -> None:
     best = witness.logits(ids + text)[2:-1].argmax(-1).tolist()
     assert text == best
     report = convert(tmp_path / "in", tmp_path / "out", scale="tensor")
-    after = TernaryModel.from_pretrained(tmp_path / "out")
-    assert np.array_equal(after.logits(ids + text), model.logits(ids + text))
+    after = TernaryModel.from_pretrained(tmp_path / "out", activations="float")
+    expected = model.logits(ids + text)
+    assert np.array_equal(after.logits(ids + text), expected)
+    fast = TernaryModel.from_pretrained(tmp_path / "out")
+    assert fast.transformer.activations == "int16"
+    assert np.abs(fast.logits(ids + text) - expected).max() <= 1e-3 * np.abs(expected).max()
     assert not report.warnings
     found = inspect(tmp_path / "out")
     assert (found.arch, found.context_length) == ("Ternary-Core", 96)
