@@ -46,7 +46,7 @@ void LinearAt(uintptr_t x, size_t tokens, size_t cols, uintptr_t weight, size_t 
   const auto* values = reinterpret_cast<const float*>(x);
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(values + t * cols, cols, input.Row(t));
-    input.Quantize(t, cols);
+    input.Quantize(mode, t, tokens, cols);
   }
   const LinearJob job[] = {{&tensor, reinterpret_cast<float*>(out), rows}};
   team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
