@@ -96,7 +96,10 @@ class Taker {
 
   Linear TakeLinear(const std::string& name, bool bias) {
     Linear linear;
-    linear.weight = Matrix(name);
+    PackedTensor& given = tensors_.at(name);
+    // The wanted tiles are taken as they are: the largest models do not fit twice.
+    const bool ready = tiles_ == Layout::kT20 && given.layout() == Layout::kT20;
+    linear.weight = ready ? std::move(given) : Matrix(name);
     if (tiles_ == Layout::kT20 && linear.weight.layout() == Layout::kT16)
       linear.weight = RepackT20(linear.weight, team_);
     if (bias) linear.bias = Vector(name + "_bias");
