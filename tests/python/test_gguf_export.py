@@ -271,3 +271,13 @@ def test_what_a_user_should_know(tmp_path: Path) -> None:
 
 def judged(file: Path, engine: str) -> str:
     return inspect(file).engines[engine]
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(8, "int8"), (16, "int16"), (None, "float")])
+def test_what_activations_the_model_was_made_for(tmp_path: Path, bits: int | None, mode: str) -> None:
+    folder = gguf_models.write_model(tmp_path / "model", "llama", ROWS | {"activation_bits": bits})
+    tf.export(folder, tmp_path / "a.gguf", threads=1)
+    tf.import_gguf(tmp_path / "a.gguf", tmp_path / "back", threads=1)
+    for path in (folder, tmp_path / "a.gguf", tmp_path / "back"):
+        assert tf.TernaryModel.from_pretrained(path).transformer.activations == mode
+    assert GgufSource.open(tmp_path / "a.gguf").file.metadata["ternaryforge.activation_bits"] == (bits or 32)

@@ -16,7 +16,7 @@ from ternaryforge.gguf.architectures import ARCHITECTURES, GgufArchitecture
 FFN_SIZE = "ternaryforge.feed_forward_length"
 """The true size where the file's is padded with zeros."""
 ACTIVATION_BITS = "ternaryforge.activation_bits"
-"""What the model was made for: 8, or 16 for floating point."""
+"""What the model was made for: 8 or 16 bits, or 32 for floating point."""
 
 _READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",

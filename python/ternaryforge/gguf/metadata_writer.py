@@ -72,7 +72,7 @@ def describe_model(
         entries.append((FFN_SIZE, fields.size("intermediate_size"), "uint32"))
     quantization = architecture.quantization
     if quantization is not None:
-        entries.append((ACTIVATION_BITS, 8 if quantization.activation_bits == 8 else 16, "uint32"))
+        entries.append((ACTIVATION_BITS, quantization.activation_bits or 32, "uint32"))
     return entries
 
 

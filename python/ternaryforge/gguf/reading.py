@@ -186,15 +186,15 @@ class GgufSource:
         return config | {"activation_bits": bits, "modules_to_not_convert": ["lm_head"]}
 
     def activation_bits(self, kind: str) -> int | None:
-        """What the model was made for: 8, or None for floating point."""
+        """What the model was made for: 8 or 16 bits, None for floating point; 16 where nothing tells of 8."""
         said = self.file.metadata.get(ACTIVATION_BITS)
         if said is not None:
-            if said not in (8, 16):
-                raise FormatError(f"[gguf] '{self.path}': {ACTIVATION_BITS} must be 8 or 16, got {said!r:.80}")
-            return 8 if said == 8 else None
+            if said not in (8, 16, 32):
+                raise FormatError(f"[gguf] '{self.path}': {ACTIVATION_BITS} must be 8, 16 or 32, got {said!r:.80}")
+            return None if said == 32 else int(said)
         types = {tensor.type_name for tensor in self.file.tensors.values()}
         is_int8 = kind == "tensor" or self.known.name.startswith("bitnet") or bool(types & set(INT8_TYPES))
-        return 8 if is_int8 else None
+        return 8 if is_int8 else 16
 
     def matrix(self, slot: str, *, threads: int = 1) -> Ternary | None:
         """A linear layer as trits and scales, None where it is none. Raises FormatError for damaged data."""
