@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ternaryforge import simd
     from ternaryforge._core import FormatError
+    from ternaryforge.calibration import CalibrationReport, calibrate
     from ternaryforge.chat_template import ChatTemplate, ChatTemplateError
     from ternaryforge.conversion import ConversionReport, convert
     from ternaryforge.evaluation import EvaluationResult
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CalibrationReport",
     "ChatTemplate",
     "ChatTemplateError",
     "ConversionReport",
@@ -45,6 +47,7 @@ __all__ = [
     "ValidationReport",
     "VerificationReport",
     "__version__",
+    "calibrate",
     "convert",
     "export",
     "import_gguf",
@@ -64,6 +67,7 @@ MISSING_CORE = (
 )
 
 _MODULE_OF = {
+    "CalibrationReport": "calibration",
     "ChatTemplate": "chat_template",
     "ChatTemplateError": "chat_template",
     "ConversionReport": "conversion",
@@ -78,6 +82,7 @@ _MODULE_OF = {
     "TernaryModel": "model",
     "ValidationReport": "validation",
     "VerificationReport": "verification",
+    "calibrate": "calibration",
     "convert": "conversion",
     "export": "exporting",
     "import_gguf": "gguf.importing",

@@ -13,6 +13,7 @@ import typer
 
 from ternaryforge.cli import (
     bench,
+    calibrate,
     chat,
     convert,
     doctor,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("convert")(convert.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)
+app.command("calibrate")(calibrate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)

@@ -43,14 +43,24 @@ def command(
         Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")
     ] = Scale.TENSOR,
     group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Mind the activations of --data, as 'calibrate' does by default.")
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Text for --calibrate.")] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Make a ternary checkpoint from a Hugging Face folder."""
+    if calibrate != (data is not None):
+        raise typer.BadParameter("--calibrate and --data FILE go together")
+    if data is not None:
+        from ternaryforge.cli.calibrate import run
+
+        run(source, out, data, json=json, scale=scale.value, group_size=group_size, threads=threads, seed=seed)
+        return
     from ternaryforge.conversion import convert
 
-    del seed  # nothing here is random
     with progress_bar("Converting", in_bytes=True) as progress:
         report = convert(
             source,

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-training quantisation that minds what the layers see: a dense checkpoint folder becomes a ternary one.
+
+    report = calibrate("llama", "llama-ternary", "text.txt", scale="group", group_size=64)
+
+docs/quantization.md says what the methods do and what each is worth.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ternaryforge import _core
+from ternaryforge._core import FormatError
+from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, calibrate_block
+from ternaryforge.calibration_linear import METHODS, Float32, LinearOptions, Method, QuantizedLinear
+from ternaryforge.calibration_text import WINDOW, CalibrationText, check_apart, draw_text, read_text
+from ternaryforge.checkpoint import Checkpoint
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
+from ternaryforge.conversion import COMPANION_FILES
+from ternaryforge.evaluation import evaluate
+from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.memory import PeakAnonymous
+from ternaryforge.quantization import ScaleKind
+from ternaryforge.report import Report
+from ternaryforge.rounding import RoundingOptions, check_options, rounded_shapes
+from ternaryforge.tokenizer import Tokenizer
+from ternaryforge.weights import load_weights, scale_name
+
+Progress = Callable[[int, int, str], None]
+
+_DAMPING = 0.01  # of the mean second moment, added to all of them
+_TOKENS_PER_COLUMN = 2  # of the widest input: with fewer tokens, second moments say little
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedLayer:
+    """One linear layer, with the error of its output against that of the best weights for its input, relative to it.
+
+    `mse_before` is that of rounding by least squares, `mse_after` that of the result. `dead_channels`
+    of the input were 0 for the whole text.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    mse_before: float
+    mse_after: float
+    zero_fraction: float
+    dead_channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport(Report):
+    """What `calibrate` did.
+
+    The perplexities (protocol documents, on what `measured_on` says) are those of the source, of
+    rounding it by least squares, and of the result. `resumed_layers` were done by an earlier run.
+    """
+
+    source: str
+    out: str
+    method: str
+    scale: str
+    group_size: int | None
+    activations: str
+    seed: int
+    calibration_tokens: int
+    calibration_sha256: str
+    measured_on: str
+    perplexity_source: float
+    perplexity_before: float
+    perplexity_after: float
+    tensors: int
+    ternary_params: int
+    bits_per_weight: float
+    file_bytes: int
+    peak_anonymous_bytes: int | None
+    seconds: float
+    resumed_layers: int
+    warnings: tuple[str, ...]
+    layers: tuple[CalibratedLayer, ...]
+
+
+def calibrate(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    method: Method = "best",
+    scale: ScaleKind = "group",
+    group_size: int = 128,
+    tokens: int = 32_768,
+    evaluation: str | os.PathLike[str] | None = None,
+    propagation: float = 0.5,
+    residual: float = 0.75,
+    descent_rounds: int = 4,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Quantises the dense checkpoint folder `source` into the ternary checkpoint folder `out`.
+
+    Args:
+        source: Folder of a supported family with floating-point weights and a tokenizer.
+        out: A folder that does not exist yet, or is empty. Nothing appears there before all is done.
+        data: UTF-8 text to calibrate on; documents end with <|endoftext|>, or else with a blank line.
+        method: `grid` the best of 0.5 to 3.0 times the mean magnitude for the activations; `fit` the
+            exact least squares for them; `gptq` columns that make up for the errors of those before;
+            `best` also makes up for the errors of earlier layers, and lowers the error by descent.
+        scale: `tensor` writes a stock folder that plain transformers loads (with int8 activations);
+            `row` or `group` a folder for this library.
+        group_size: Columns that share a scale under `group`: a multiple of 64.
+        tokens: How many are drawn from `data`; an eighth of its documents is never drawn.
+        evaluation: Text to measure the result on; None takes the documents that are never drawn.
+        propagation: Under `best`, the share of the error of its input that a layer makes up for: 0 to 1.
+        residual: Under `best`, the share of the error in the residual stream that the layers which
+            add to it take away: 0 to 1.
+        descent_rounds: Under `best`, how often all scales, then all trits, are chosen again.
+        seed: Of the draw.
+        threads: Default: the physical cores at hand.
+        progress: Called with the linear layers done, their number, and the name of the last.
+
+    The layers that are done lie in a hidden folder beside `out`; after Ctrl-C, the same call goes on
+    behind them. Raises ValueError for wrong options, too little text, an evaluation text that is or
+    shares documents with `data`, activations that are not finite; FormatError for a source that is
+    malformed, not supported or ternary already; FileExistsError and other OSError.
+    """
+    started = time.perf_counter()
+    threads = _core.parallel.default_threads() if threads is None else threads
+    _check(method, scale, group_size, threads, tokens)
+    targets = Targets(propagation, residual) if method == "best" else Targets(0.0, 0.0)
+    targets.check()
+    if descent_rounds < 0:
+        raise ValueError(f"[calibrate] descent_rounds is not negative, got {descent_rounds}")
+    source, out = Path(source), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"[calibrate] '{out}': there is something already; remove it or name another folder")
+    with PeakAnonymous() as memory:
+        options = LinearOptions(method, scale, group_size, _DAMPING, descent_rounds, threads)
+        run = _Run(source, options, targets)
+        text = read_text(data)
+        measured = None if evaluation is None else read_text(evaluation)
+        if measured is not None:
+            check_apart(text, measured)
+        drawn = run.draw(text, tokens, seed)
+        kept = _Kept(out, run.key(drawn, tokens, seed))
+        before = run.measure(measured or drawn.held_out)
+        resumed = run.quantize(drawn, kept, progress)
+        after = run.perplexity(run.quantized, measured or drawn.held_out)
+        file_bytes = run.write(out, kept)
+        kept.discard()
+    weights = sum(layer.rows * layer.cols for layer in run.layers)
+    dead = sum(layer.dead_channels > 0 for layer in run.layers)
+    return CalibrationReport(
+        source=str(source),
+        out=str(out),
+        method=method,
+        scale=scale,
+        group_size=group_size if scale == "group" else None,
+        activations=run.activations,
+        seed=seed,
+        calibration_tokens=drawn.tokens,
+        calibration_sha256=drawn.sha256,
+        measured_on="documents of the calibration text that were not drawn" if evaluation is None else str(evaluation),
+        perplexity_source=before[0],
+        perplexity_before=before[1],
+        perplexity_after=after,
+        tensors=len(run.layers),
+        ternary_params=weights,
+        bits_per_weight=8 * run.ternary_bytes / weights,
+        file_bytes=file_bytes,
+        peak_anonymous_bytes=memory.growth,
+        seconds=time.perf_counter() - started,
+        resumed_layers=resumed,
+        warnings=(f"{dead} linear layers have input channels that were 0 for the whole text",) if dead else (),
+        layers=tuple(run.layers),
+    )
+
+
+def _check(method: str, scale: str, group_size: int, threads: int, tokens: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"[calibrate] method is one of {', '.join(METHODS)}, got {method!r}")
+    check_options("ls", scale, group_size, threads)
+    if tokens < 1:
+        raise ValueError(f"[calibrate] tokens is at least 1, got {tokens}")
+
+
+class _Kept:
+    """The layers that are done, one file each, in a hidden folder beside the result."""
+
+    def __init__(self, out: Path, key: dict[str, Any]) -> None:
+        self.folder = out.absolute().with_name(f".{out.name}.calibration")
+        file = self.folder / "key.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != key:
+            raise ValueError(
+                f"[calibrate] '{self.folder}' must hold an unfinished run with the same source, text and options, got "
+                "another one: finish that one, or remove the folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._replace(file, json.dumps(key).encode())
+
+    def save(self, layer: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Keeps the arrays of a layer; all or nothing."""
+        partial = self.folder / "layer.partial"
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._file(layer))
+
+    def load(self, layer: int) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a layer, None where it is not done."""
+        if not self._file(layer).is_file():
+            return None
+        with np.load(self._file(layer)) as arrays:
+            return dict(arrays)
+
+    def discard(self) -> None:
+        """Removes all; the result holds it now."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.npz"
+
+    def _replace(self, file: Path, data: bytes) -> None:
+        partial = self.folder / "key.partial"
+        partial.write_bytes(data)
+        partial.replace(file)
+
+
+class _Run:
+    """One calibration: the source, the two models, and what is known about the layers so far."""
+
+    def __init__(self, source: Path, options: LinearOptions, targets: Targets) -> None:
+        self._checkpoint = Checkpoint.open(source)
+        where = str(source / "config.json")
+        self._architecture: Architecture = read_architecture(self._checkpoint.config, where=where)
+        if self._architecture.quantization is not None:
+            raise FormatError(
+                f"[calibrate] '{where}': the weights are quantised already; start from the checkpoint in full precision"
+            )
+        tokenizer = Tokenizer.from_folder(source)
+        if tokenizer is None:
+            raise ValueError(f"[calibrate] '{source}' must hold a tokenizer, got none: put its files there")
+        self._tokenizer = tokenizer
+        self._rounding = RoundingOptions("ls", options.scale, options.group_size, options.threads)
+        self._shapes = rounded_shapes(self._architecture, self._rounding, str(source))
+        self._refuse_shapes(where)
+        self._options = options
+        self._targets = targets
+        # A stock folder is run with int8 activations, whoever loads it.
+        self.activations: Any = "int8" if options.scale == "tensor" else "float"
+        self._reference = self._load("float")
+        self.quantized = self._load(self.activations)
+        self.layers: list[CalibratedLayer] = []
+        self.ternary_bytes = 0
+        self._refuse_ternary()
+
+    def _refuse_shapes(self, where: str) -> None:
+        if self._architecture.parts or self._architecture.rules:
+            raise FormatError(
+                f"[calibrate] '{where}': fused or latent tensors of {self._architecture.architecture} are not "
+                "supported; use convert"
+            )
+        for name, (rows, _) in self._shapes.items():
+            if rows % 4:
+                raise FormatError(
+                    f"[calibrate] '{where}': tensor '{name}' must have a multiple of 4 rows, got {rows}; use convert"
+                )
+
+    def _load(self, activations: Any) -> _core.model.Transformer:
+        weights = load_weights(self._checkpoint, self._architecture)
+        return _core.model.Transformer(
+            self._architecture.spec, weights, activations=activations, threads=self._options.threads
+        )
+
+    def _refuse_ternary(self) -> None:
+        found = _core.quant.find_ternary(self._read("layers.0.query"), group_size=64, threads=self._options.threads)
+        if found is not None:
+            raise FormatError(
+                f"[calibrate] '{self._checkpoint.path}': the weights are ternary already, with a scale per {found[0]}; "
+                "convert keeps them exactly"
+            )
+
+    def _read(self, slot: str) -> Float32:
+        return np.ascontiguousarray(self._checkpoint.read_float32(self._architecture.tensor_names[slot]))
+
+    def draw(self, text: str, tokens: int, seed: int) -> CalibrationText:
+        """The text to calibrate on; at least two tokens for every column of the widest input."""
+        spec = self._architecture.spec
+        least = min(tokens, _TOKENS_PER_COLUMN * max(cols for _, cols in self._shapes.values()))
+        window = min(WINDOW, spec.context_length)
+        return draw_text(text, self._tokenizer, tokens=tokens, least=least, window=window, seed=seed)
+
+    def key(self, drawn: CalibrationText, tokens: int, seed: int) -> dict[str, Any]:
+        """What must be the same for a run to go on with the layers of another."""
+        options = asdict(self._options) | asdict(self._targets)
+        del options["threads"]  # the result does not depend on them
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._checkpoint.files]
+        digest = hashlib.sha256(json.dumps([self._checkpoint.config, files], sort_keys=True).encode()).hexdigest()
+        return {"source": digest, "data": drawn.sha256, "tokens": tokens, "seed": seed, "options": options}
+
+    def perplexity(self, model: _core.model.Transformer, text: str) -> float:
+        """Protocol documents."""
+        return evaluate(model, self._tokenizer, text).perplexity
+
+    def measure(self, text: str) -> tuple[float, float]:
+        """Perplexity of the source, and of rounding it by least squares."""
+        rounded = self._load(self.activations)
+        for slot in self._architecture.spec.slots():
+            if self._architecture.is_linear(slot):
+                trits, scales = _core.quant.quantize_weights(
+                    self._read(slot),
+                    scheme="ls",
+                    scale=self._options.scale,
+                    group_size=self._options.group_size,
+                    threads=self._options.threads,
+                )
+                rounded.replace_linear(slot, self._packed(*self._codes(trits, scales)))
+        return self.perplexity(self._reference, text), self.perplexity(rounded, text)
+
+    def quantize(self, drawn: CalibrationText, kept: _Kept, progress: Progress | None) -> int:
+        """Quantises layer after layer; returns how many were there already."""
+        walk = BlockWalk(self._reference, self.quantized, drawn.sequences, self._options.threads)
+        total, done, resumed = len(self._shapes), 0, 0
+
+        def step(slot: str) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total, slot)
+
+        editor = BlockEditor(self._read, self._replace, step)
+        for layer in range(len(self._architecture.spec.layers)):
+            arrays = kept.load(layer)
+            if arrays is None:
+                linears = calibrate_block(walk, editor, self._targets, self._options)
+                arrays = {}
+                for slot, linear in linears.items():
+                    arrays[slot + ".codes"], arrays[slot + ".scales"] = self._codes(linear.trits, linear.scales)
+                    zeros = 1 - np.count_nonzero(linear.trits) / linear.trits.size
+                    arrays[slot + ".facts"] = np.array(
+                        [linear.error_before, linear.error_after, zeros, linear.dead_channels]
+                    )
+                kept.save(layer, arrays)
+            else:
+                resumed += 1
+                for slot in _slots(arrays):
+                    self.quantized.replace_linear(slot, self._packed(arrays[slot + ".codes"], arrays[slot + ".scales"]))
+                    step(slot)
+            self._note(arrays)
+            walk.advance()
+        return resumed
+
+    def _note(self, arrays: dict[str, NDArray[Any]]) -> None:
+        for slot in _slots(arrays):
+            before, after, zeros, dead = arrays[slot + ".facts"]
+            name = self._architecture.tensor_names[slot]
+            self.ternary_bytes += arrays[slot + ".codes"].nbytes + arrays[slot + ".scales"].nbytes
+            rows, cols = self._shapes[name]
+            self.layers.append(CalibratedLayer(name, rows, cols, float(before), float(after), float(zeros), int(dead)))
+
+    def _replace(self, slot: str, linear: QuantizedLinear) -> Float32:
+        self.quantized.replace_linear(slot, self._packed(*self._codes(linear.trits, linear.scales)))
+        rows, cols = linear.trits.shape
+        wide = linear.scales.reshape(1 if self._options.scale == "tensor" else rows, -1)
+        return linear.trits * np.repeat(wide, self._options.run_cols(cols), axis=1)[:, :cols]
+
+    def _codes(self, trits: NDArray[np.int8], scales: Float32) -> tuple[NDArray[np.uint8], Float32]:
+        """What the checkpoint holds: packed codes [rows / 4, cols] and scales, inverse in a stock folder."""
+        codes = _core.formats.pack(trits, "hf_packed").reshape(trits.shape[0] // 4, trits.shape[1])
+        return codes, np.float32(1) / scales if self._options.scale == "tensor" else scales
+
+    def _packed(self, codes: NDArray[np.uint8], stored: Float32) -> _core.formats.PackedTensor:
+        group = self._options.group_size if self._options.scale == "group" else 0
+        convention: Any = "divide" if self._options.scale == "tensor" else "multiply"
+        return _core.formats.PackedTensor(
+            "hf_packed",
+            4 * codes.shape[0],
+            codes.shape[1],
+            codes.reshape(-1),
+            scale_kind=self._options.scale,
+            group_size=group,
+            convention=convention,
+            scales=stored.reshape(-1),
+        )
+
+    def write(self, out: Path, kept: _Kept) -> int:
+        """Writes the folder, all or nothing; returns the size of the weights file."""
+        checkpoint = self._checkpoint
+        infos = (checkpoint.info(name) for name in checkpoint)
+        plan = self._rounding.rounded_tensors(
+            (TensorPlan(info.name, info.dtype, info.shape) for info in infos), self._shapes
+        )
+        with CheckpointWriter(out, plan) as writer:
+            for name in checkpoint:
+                if name not in self._shapes:
+                    writer.write(name, checkpoint.raw(name))
+            for layer in range(len(self._architecture.spec.layers)):
+                arrays = kept.load(layer) or {}
+                for slot in _slots(arrays):
+                    name = self._architecture.tensor_names[slot]
+                    writer.write(name, arrays[slot + ".codes"])
+                    writer.write(scale_name(name), arrays[slot + ".scales"])
+            writer.write_json("config.json", {**checkpoint.config, "quantization_config": self._fields()})
+            for pattern in COMPANION_FILES:
+                for file in sorted(checkpoint.path.glob(pattern)):
+                    if file.is_file():
+                        writer.copy_file(file)
+        return writer.file_bytes
+
+    def _fields(self) -> dict[str, Any]:
+        """quantization_config of the result."""
+        kept = {"modules_to_not_convert": ["lm_head"]}
+        if self._options.scale == "tensor":
+            return {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"} | kept
+        fields: dict[str, Any] = {"scale": self._options.scale}
+        if self._options.scale == "group":
+            fields["group_size"] = self._options.group_size
+        return {"quant_method": "ternaryforge"} | fields | {"activation_bits": None} | kept
+
+
+def _slots(arrays: dict[str, NDArray[Any]]) -> list[str]:
+    return [name.removesuffix(".codes") for name in arrays if name.endswith(".codes")]

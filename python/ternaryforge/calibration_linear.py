@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One linear layer: from weights and moments of its input to trits and scales.
+
+With H the second moments of the input that the layer really sees, and D the moments of what its
+output lacks with that input, the weights that fit best are W + D H^-1. They are rounded by the
+calibrator of the core; docs/quantization.md has the formulas.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ternaryforge import _core
+from ternaryforge.quantization import ScaleKind
+
+Method = Literal["grid", "fit", "gptq", "best"]
+METHODS: tuple[Method, ...] = ("grid", "fit", "gptq", "best")
+Float32: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
+
+_ROWS_AT_ONCE = 512  # so that Ctrl-C is heard between two calls
+_TENSOR_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LinearOptions:
+    """How one layer is quantised; see `calibrate`."""
+
+    method: Method
+    scale: ScaleKind
+    group_size: int
+    damping: float
+    rounds: int
+    threads: int
+
+    def run_cols(self, cols: int) -> int:
+        """Columns of a row that share a scale."""
+        return self.group_size if self.scale == "group" else cols
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """`scales` as `quantize_weights` gives them; errors are relative to the output of the best weights."""
+
+    trits: NDArray[np.int8]
+    scales: Float32
+    error_before: float
+    error_after: float
+    dead_channels: int
+
+
+def quantize_linear(
+    weights: Float32, moments: Float64, lacking: Float64 | None, options: LinearOptions
+) -> QuantizedLinear:
+    """Quantises `weights` [rows, cols] for inputs of second moments `moments` [cols, cols].
+
+    `lacking` [rows, cols] holds E[(wanted - W x) x^T], None for nothing. Raises ValueError for an
+    input that is zero for the whole text.
+    """
+    cols = weights.shape[1]
+    diagonal = np.diag(moments)
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        raise ValueError("[calibrate] the input must not be zero for the whole calibration text, got only zeros")
+    damped = moments + options.damping * mean * np.eye(cols)
+    target = weights.astype(np.float64)
+    if lacking is not None:
+        target += np.linalg.solve(damped, lacking.T).T
+    target = np.ascontiguousarray(target)
+    feedback = options.method in ("gptq", "best")
+    factor = _factor(damped) if feedback else None
+    importance = np.ascontiguousarray(np.diag(damped))
+    if options.scale == "tensor":
+        trits, scales = _quantize_tensor(target, damped, factor, importance, options)
+    else:
+        trits, scales = _round(target, factor, importance, options)
+        if options.method == "best":
+            _descend(target, damped, trits, scales, options)
+    plain = _core.quant.quantize_weights(
+        weights, scheme="ls", scale=options.scale, group_size=options.group_size, threads=options.threads
+    )
+    energy = _energy(target, moments)
+    return QuantizedLinear(
+        trits=trits,
+        scales=scales,
+        error_before=_error(target, *plain, moments, options) / energy,
+        error_after=_error(target, trits, scales, moments, options) / energy,
+        dead_channels=int(np.count_nonzero(diagonal == 0)),
+    )
+
+
+def _factor(moments: Float64) -> Float64:
+    """R, upper triangular, with R R^T = moments."""
+    return np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1])
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    for begin in range(0, rows, _ROWS_AT_ONCE):
+        yield slice(begin, begin + _ROWS_AT_ONCE)
+
+
+def _round(
+    target: Float64, factor: Float64 | None, importance: Float64, options: LinearOptions, tensor_scale: float = 1.0
+) -> tuple[NDArray[np.int8], Float32]:
+    parts = [
+        _core.quant.round_with_feedback(
+            target[part],
+            factor,
+            importance,
+            rule="grid" if options.method == "grid" else "fit",
+            scale=options.scale,
+            group_size=options.group_size,
+            tensor_scale=tensor_scale,
+            threads=options.threads,
+        )
+        for part in _parts(len(target))
+    ]
+    trits = np.concatenate([part[0] for part in parts])
+    return trits, parts[0][1] if options.scale == "tensor" else np.concatenate([part[1] for part in parts])
+
+
+def _descend(
+    target: Float64, moments: Float64, trits: NDArray[np.int8], scales: Float32, options: LinearOptions
+) -> None:
+    for part in _parts(len(target)):
+        _core.quant.descend(
+            target[part],
+            moments,
+            trits[part],
+            scales if options.scale == "tensor" else scales[part],
+            scale=options.scale,
+            group_size=options.group_size,
+            rounds=options.rounds,
+            threads=options.threads,
+        )
+
+
+def _quantize_tensor(
+    target: Float64, moments: Float64, factor: Float64 | None, importance: Float64, options: LinearOptions
+) -> tuple[NDArray[np.int8], Float32]:
+    """One scale for all: from the rule without feedback; then trits for the scale and a scale for the trits in turn."""
+    flat, repeated = target.reshape(1, -1), np.tile(importance, len(target))
+    rule: Literal["grid", "fit"] = "grid" if options.method == "grid" else "fit"
+    first = float(_core.quant.round_with_feedback(flat, None, repeated, rule=rule, scale="row")[1][0])
+    scales = _storable(first)
+    trits, _ = _round(target, factor, importance, options, float(scales[0]))
+    for _ in range(_TENSOR_ROUNDS if factor is not None else 0):
+        images = trits @ moments
+        curvature = float((images * trits).sum())
+        if curvature <= 0:
+            break
+        scales = _storable(abs(float((images * target).sum())) / curvature)
+        trits, _ = _round(target, factor, importance, options, float(scales[0]))
+        if options.method == "best":
+            _descend(target, moments, trits, scales, options)
+    return trits, scales
+
+
+def _storable(scale: float) -> Float32:
+    """The nearest scale that a stock checkpoint, which stores 1 / scale, gives back exactly."""
+    one = np.array([[scale]], np.float32)
+    return _core.quant.quantize_weights(one, scheme="absmax", scale="tensor")[1]
+
+
+def _energy(weights: Float64, moments: Float64) -> float:
+    return float(((weights @ moments) * weights).sum()) or 1.0
+
+
+def _error(
+    target: Float64, trits: NDArray[np.int8], scales: Float32, moments: Float64, options: LinearOptions
+) -> float:
+    rows, cols = trits.shape
+    wide = scales.astype(np.float64).reshape(1 if options.scale == "tensor" else rows, -1)
+    rest = target - trits * np.repeat(wide, options.run_cols(cols), axis=1)[:, :cols]
+    return float(((rest @ moments) * rest).sum())
