@@ -34,12 +34,12 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def run(folder: str, threads: int) -> dict[str, float]:
+def run(folder: str, threads: int, layout: str) -> dict[str, float]:
     """Loads and generates; what this process took."""
     start = anonymous_bytes() or 0
     with PeakAnonymous() as memory:
         begin = time.perf_counter()
-        model = TernaryModel.from_pretrained(folder, threads=threads)
+        model = TernaryModel.from_pretrained(folder, threads=threads, layout=layout)
         loaded = time.perf_counter() - begin
         loaded_anonymous = status("RssAnon")
         result = model.generate(list(range(1, PROMPT + 1)), max_new_tokens=NEW)
@@ -67,7 +67,7 @@ def compare(name: str, folder: Path, threads: int) -> bool:
         planned = plan(path, threads=threads, prompt_tokens=PROMPT, max_new_tokens=NEW)
         by_shape = plan(shape=name, threads=threads)
         stage = next(stage for stage in planned.stages if stage.verb == "generate")
-        command = [sys.executable, __file__, "--run", str(path), str(threads)]
+        command = [sys.executable, __file__, "--run", str(path), str(threads), planned.layout]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     finally:
         shutil.rmtree(path, ignore_errors=True)
@@ -83,6 +83,7 @@ def compare(name: str, folder: Path, threads: int) -> bool:
                 "benchmark": "real_shapes",
                 "shape": name,
                 "threads": threads,
+                "layout": planned.layout,
                 "file_bytes": size,
                 "packed_weights_bytes": stage.parts["packed weights"],
                 "planned": {
@@ -105,7 +106,7 @@ def compare(name: str, folder: Path, threads: int) -> bool:
 def main() -> int:
     """Exit code 1 where the plan was off."""
     if sys.argv[1] == "--run":
-        print(json.dumps(run(sys.argv[2], int(sys.argv[3]))))
+        print(json.dumps(run(sys.argv[2], int(sys.argv[3]), sys.argv[4])))
         return 0
     threads = int(os.environ.get("TERNARYFORGE_NUM_THREADS", "2"))
     results = [compare(name, Path(sys.argv[1]), threads) for name in sys.argv[2:] or NAMES]

@@ -13,7 +13,7 @@ from ternaryforge import _core
 from ternaryforge.checkpoint import FLOAT_DTYPES
 from ternaryforge.checkpoint_writer import TensorPlan
 from ternaryforge.families import Architecture
-from ternaryforge.model import Activations, HeadMode, KvType
+from ternaryforge.model import Activations, HeadMode, KvType, Layout
 
 # Measured on Linux x86-64 with CPython 3.11 and NumPy 2: the interpreter, the libraries, the command line.
 PROCESS_ANONYMOUS = 20_000_000
@@ -58,8 +58,9 @@ class Footprint:
     `tensors` are those of the checkpoint by name, `file_bytes` the size of its weights files,
     `kept_bytes` of those that stay mapped because a matrix in them is used as it lies there,
     `has_tokenizer` whether the folder holds a tokenizer that will be loaded, `activations` and
-    `threads` what it will run with: this machine's choice of a layout depends on them; `kv` and
-    `head` are those of `TernaryModel.from_pretrained`. `head_bytes` is what the head reads for a token.
+    `threads` what it will run with: this machine's choice of a layout depends on them where `layout`
+    is "auto"; `kv` and `head` are those of `TernaryModel.from_pretrained`. `head_bytes` is what the
+    head reads for a token.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Footprint:
         threads: int,
         kv: KvType = "f32",
         head: HeadMode = "exact",
+        layout: Layout = "auto",
     ) -> None:
         self.file_bytes = file_bytes
         self._kept_bytes = kept_bytes
@@ -115,7 +117,9 @@ class Footprint:
                 if architecture.is_linear(slot):
                     self.dense_linear_weights += rows * cols
         self.packed_weights = sum(rows * cols for rows, cols in packed.values())
-        layout = _core.kernels.fastest_layout(self.packed_weights, activations=activations, threads=threads)
+        if layout == "auto":
+            layout = _core.kernels.fastest_layout(self.packed_weights, activations=activations, threads=threads)
+        self.layout = layout
         group_size = quantization.group_size if quantization is not None else 0
         self.packed_bytes = sum(
             _core.formats.layout_bytes(layout, rows, cols, group_size=group_size)

@@ -26,7 +26,7 @@ from ternaryforge.families.base import Part
 from ternaryforge.footprint import SCORED_TOKENS, Footprint, Memory, conversion_memory
 from ternaryforge.machine_rates import RunRates, measure_rounding_rate, measure_run_rates
 from ternaryforge.memory import available_bytes
-from ternaryforge.model import Activations, HeadMode, KvType, default_activations
+from ternaryforge.model import Activations, HeadMode, KvType, Layout, default_activations
 from ternaryforge.quantization import Quantization, ScaleKind
 from ternaryforge.report import Report
 from ternaryforge.rounding import SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
@@ -72,6 +72,7 @@ class PlanReport(Report):
     scale: str | None
     group_size: int | None
     activations: str
+    layout: str
     threads: int
     parameters: int
     ternary_params: int
@@ -120,6 +121,7 @@ def plan(
     threads: int | None = None,
     prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
+    layout: Layout = "auto",
 ) -> PlanReport:
     """Foretells time, memory, size and loss of converting and running a model. Reads no weights.
 
@@ -136,6 +138,8 @@ def plan(
         threads: Default: the physical cores at hand.
         prompt_tokens: Length of the prompt that `generate` is planned for; default 128, or half of a short context.
         max_new_tokens: Tokens that it shall generate.
+        layout: As in `TernaryModel.from_pretrained`; `auto` is measured, and may come out otherwise in a later run
+            where both layouts are about as fast.
 
     Raises FormatError for a source that is malformed, unsupported or cannot be converted like that, ValueError for
     wrong options, OSError where there is nothing.
@@ -154,6 +158,8 @@ def plan(
             f"[plan] kv is one of {', '.join(get_args(KvType))} and head one of {', '.join(get_args(HeadMode))}, "
             f"got {kv!r} and {head!r}"
         )
+    if layout not in ("auto", "t16", "t20"):
+        raise ValueError(f"[plan] layout must be 'auto', 't16' or 't20', got {layout!r}")
     if (source is None) == (shape is None):
         raise ValueError("[plan] name either a source or a shape")
     given = _read_folder(source) if source is not None else _make_shape(str(shape), dense=method in SCHEMES)
@@ -183,6 +189,7 @@ def plan(
         threads=threads,
         kv=kv,
         head=head,
+        layout=layout,
     )
     total = min(prompt_tokens + max_new_tokens, context)
     loading = footprint.packed_bytes / rates.repack_bytes + footprint.file_bytes / _CHECKED_BYTES_PER_SECOND
@@ -213,6 +220,7 @@ def plan(
         scale=scale if scheme is not None else None,
         group_size=group_size if scheme is not None and scale == "group" else None,
         activations=mode,
+        layout=footprint.layout,
         threads=threads,
         parameters=sum(rows * cols for rows, cols in slots.values()),
         ternary_params=footprint.packed_weights,

@@ -191,6 +191,7 @@ def test_little_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"source": "demo", "shape": "7b"}, r"name either a source or a shape"),
         ({"shape": "9b"}, r"\[shape\] .* got '9b'"),
         ({"source": "demo", "activations": "int4"}, r"activations must be .* 'int4'"),
+        ({"source": "demo", "layout": "t10"}, r"layout must be 'auto', 't16' or 't20', got 't10'"),
         ({"source": "demo", "threads": 0}, r"threads is at least 1, got 0"),
         ({"source": "demo", "prompt_tokens": 512}, r"shorter than the context of 512, got 512"),
         ({"source": "demo", "max_new_tokens": 0}, r"must be positive, got 128 and 0"),
