@@ -65,7 +65,7 @@ class Epilogue {
     StoreFirst(Div(Load(totals), Broadcast(acts_.scales[token])), out + panel * kPanelRows, rows);
   }
 
- private:
+  // The scales of 16 rows of a panel.
   HWY_INLINE Lanes LoadScales(size_t panel, size_t group) const {
     if (scales_ == nullptr) return Broadcast(weight_.scales().effective[0]);
     const size_t first = (panel * groups_ + group) * kPanelRows;
@@ -81,6 +81,7 @@ class Epilogue {
     return sums[end] - sums[group * group_chunks_];
   }
 
+ private:
   const PackedTensor& weight_;
   const QuantizedActs& acts_;
   const PanelScales* scales_;

@@ -36,6 +36,34 @@ HWY_INLINE void DotPanel(const TileRuns& runs, bool is_t20, const uint8_t* panel
   }
 }
 
+#if HWY_TARGET == HWY_AVX3
+// Adds the groups that are planes of T20 tiles to the 16 totals of one token of one lane, as
+// Epilogue::AddGroup does, but with sums and totals in registers: a group is too short for a way
+// through memory. (Two lanes leave too few registers: slower.)
+template <bool kPermute>
+HWY_INLINE void AddPlaneGroups(const TileRuns& runs, const Epilogue& epilogue, const int8_t* acts,
+                               size_t group_cols, size_t panel, const uint8_t* stream,
+                               float* HWY_RESTRICT totals) {
+  const hn::RebindToUnsigned<dot::DotSumsTag> du32;
+  Part total = hn::Zero(PartTag());
+  for (size_t group = 0; group < runs.PlaneGroups(); group += kT20Planes) {
+    const TileRun run = runs.Run(group, 0);
+    PassT20InPlace<simd::DotKind::kNative, kPermute, 1>(
+        stream + run.byte, acts + run.col, group_cols, run.tiles,
+        [&](const dot::DotSums(&all)[kT20Planes][1]) HWY_ATTR {
+          for (size_t plane = 0; plane < kT20Planes; ++plane) {
+            const auto act_sum = hn::Set(du32, epilogue.ActSum(group + plane, 0));
+            const auto exact = hn::Sub(hn::BitCast(du32, all[plane][0]), act_sum);
+            const Part value = hn::ConvertTo(PartTag(), hn::BitCast(dot::DotSumsTag(), exact));
+            total =
+                hn::Add(total, hn::Mul(value, epilogue.LoadScales(panel, group + plane).part[0]));
+          }
+        });
+  }
+  hn::StoreU(total, PartTag(), totals);
+}
+#endif
+
 template <simd::DotKind kDot, bool kPermute, size_t kLanes>
 void GemvPanels(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
                 size_t panel_begin, size_t panel_end, float* HWY_RESTRICT out, size_t out_stride) {
@@ -58,7 +86,16 @@ void GemvPanels(const PackedTensor& weight, const QuantizedActs& acts, size_t to
       DotPanel<kDot, kPermute, kLanes>(runs, is_t20, stream, acts.codes, sums);
       add(0, sums);
     }
-    for (size_t group = 0; group < runs.PlaneGroups(); group += kT20Planes) {
+    size_t plane_groups = runs.PlaneGroups();
+#if HWY_TARGET == HWY_AVX3
+    if constexpr (kDot == simd::DotKind::kNative && kLanes == 1) {
+      if (plane_groups != 0) {
+        AddPlaneGroups<kPermute>(runs, epilogue, acts.codes, group_cols, panel, stream, totals);
+        plane_groups = 0;
+      }
+    }
+#endif
+    for (size_t group = 0; group < plane_groups; group += kT20Planes) {
       const TileRun run = runs.Run(group, 0);
       DotT20<kDot, kPermute, kLanes>(stream + run.byte, acts.codes + run.col * kLanes,
                                      group_cols * kLanes, run.tiles, sums);

@@ -210,9 +210,10 @@ HWY_INLINE dot::DotSums DivideByPower(dot::DotSums y) {
 // One vector of T20 tiles with 32-bit sums of scaled codes, which are divided at the end: planes 0
 // to 3 by 4^n and plane 4 by 81 with the table, else by 3^n. The codes are at most 192; plane 4,
 // 162 at most, does not fit an i8 operand, and kSigned takes its two low bits, which are the digit.
-template <simd::DotKind kDot, bool kPermute, size_t kLanes>
+// use(sums) gets sums[plane][lane].
+template <simd::DotKind kDot, bool kPermute, size_t kLanes, typename Use>
 HWY_INLINE void PassT20InPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
-                               size_t plane_stride, size_t tiles, int32_t* HWY_RESTRICT sums) {
+                               size_t plane_stride, size_t tiles, const Use& use) {
   const dot::DotBytesTag d8;
   const dot::DotSumsTag d32;
   dot::DotSums acc[kT20Planes][kLanes];
@@ -253,21 +254,18 @@ HWY_INLINE void PassT20InPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* H
     }
   }
   for (size_t lane = 0; lane < kLanes; ++lane) {
-    const auto store = [&](size_t plane, dot::DotSums value) HWY_ATTR {
-      hn::StoreU(value, d32, sums + (plane * kLanes + lane) * kPanelRows);
-    };
-    store(0, acc[0][lane]);
     if constexpr (kPermute) {
-      store(1, hn::ShiftRight<2>(acc[1][lane]));
-      store(2, hn::ShiftRight<4>(acc[2][lane]));
-      store(3, hn::ShiftRight<6>(acc[3][lane]));
+      acc[1][lane] = hn::ShiftRight<2>(acc[1][lane]);
+      acc[2][lane] = hn::ShiftRight<4>(acc[2][lane]);
+      acc[3][lane] = hn::ShiftRight<6>(acc[3][lane]);
     } else {
-      store(1, DivideByPower<1>(acc[1][lane]));
-      store(2, DivideByPower<2>(acc[2][lane]));
-      store(3, DivideByPower<3>(acc[3][lane]));
+      acc[1][lane] = DivideByPower<1>(acc[1][lane]);
+      acc[2][lane] = DivideByPower<2>(acc[2][lane]);
+      acc[3][lane] = DivideByPower<3>(acc[3][lane]);
     }
-    store(4, kShiftTop<kDot> ? acc[4][lane] : DivideByPower<4>(acc[4][lane]));
+    if constexpr (!kShiftTop<kDot>) acc[4][lane] = DivideByPower<4>(acc[4][lane]);
   }
+  use(acc);
 }
 
 // One vector of T20 tiles with 16-bit sums of products, which become 32-bit ones every 64 tiles: a
@@ -316,7 +314,11 @@ HWY_INLINE void DotT20(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTR
     const uint8_t* part = tile + v * dot::kDotBytes;
     int32_t* part_sums = sums + v * (dot::kDotBytes / 4);
     if constexpr (kInPlace<kDot>) {
-      PassT20InPlace<kDot, kPermute, kLanes>(part, acts, plane_stride, tiles, part_sums);
+      const auto store = [&](const dot::DotSums(&all)[kT20Planes][kLanes]) HWY_ATTR {
+        for (size_t i = 0; i < kT20Planes * kLanes; ++i)
+          hn::StoreU(all[i / kLanes][i % kLanes], dot::DotSumsTag(), part_sums + i * kPanelRows);
+      };
+      PassT20InPlace<kDot, kPermute, kLanes>(part, acts, plane_stride, tiles, store);
     } else {
       PassT20Folding<kDot, kLanes>(part, acts, plane_stride, tiles, part_sums);
     }
