@@ -127,15 +127,15 @@ void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, s
   const std::pair<ActivationMode, int> modes[] = {{ActivationMode::kInt8, kInt8MaxCode},
                                                   {ActivationMode::kInt16, kInt16MaxCode},
                                                   {ActivationMode::kFloat, 0}};
-  for (const auto& [mode, max_code] : modes) {
+  for (const auto& [tested_mode, max_code] : modes) {
+    const ActivationMode mode = tested_mode;  // clang captures no structured binding
     for (size_t t = 0; t < tokens; ++t) input.Quantize(mode, t, tokens, cols);
     std::vector<float> out(tokens * rows);
     const LinearJob job[] = {{&weight, out.data(), rows}};
-    Team(2).Run([&, mode = mode](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+    Team(2).Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
     std::vector<float> dense_out(tokens * rows);
     const LinearJob dense_job[] = {{&dense, dense_out.data(), rows}};
-    Team(2).Run(
-        [&, mode = mode](Worker& worker) { RunLinears(worker, dense_job, input, tokens, mode); });
+    Team(2).Run([&](Worker& worker) { RunLinears(worker, dense_job, input, tokens, mode); });
     test.Expect(StrCat("t16 and t20 agree, activations up to ", max_code), out == dense_out);
     for (size_t t = 0; t < tokens; ++t) {
       const std::span<const float> token = std::span(x).subspan(t * cols, cols);
