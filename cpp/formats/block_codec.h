@@ -3,9 +3,11 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 #include "base/check.h"
 #include "base/float16.h"
@@ -175,5 +177,15 @@ struct ScaledRows {
 
 inline constexpr std::string_view kCode3IsNoTrit =
     "code 3 stands for no trit: the data is damaged or of another layout";
+
+// The value of the largest magnitude, the first of several. By its place: clang 19 makes a wrong
+// sign of a loop that keeps the value itself.
+inline float Largest(std::span<const float> values) {
+  size_t place = 0;
+  for (size_t i = 1; i < values.size(); ++i) {
+    if (std::fabs(values[i]) > std::fabs(values[place])) place = i;
+  }
+  return values[place];
+}
 
 }  // namespace tf

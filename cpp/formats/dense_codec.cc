@@ -52,11 +52,7 @@ void DecodeQ40(const uint8_t* block, float* values) {
   }
 }
 void EncodeQ40(const float* values, uint8_t* block) {
-  float largest = 0;
-  for (size_t i = 0; i < 32; ++i) {
-    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
-  }
-  const float d = largest / -8.0f;
+  const float d = Largest({values, 32}) / -8.0f;
   const float inverse = d != 0 ? 1.0f / d : 0.0f;
   StoreF16(d, block);
   const auto level = [inverse](float value) {

@@ -31,10 +31,7 @@ float Level(float value, float inverse) {
 // (by their squares): for each of some roundings of the largest value, the least-squares scale of
 // the levels that it gives, and the best of these.
 float BestScale(const float* values) {
-  float largest = 0;
-  for (size_t i = 0; i < kPartCols; ++i) {
-    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
-  }
+  const float largest = Largest({values, kPartCols});
   if (std::fabs(largest) < 1e-15f) return 0;
   float best_scale = 0, best_gain = 0;
   for (int step = -9; step <= 9; ++step) {
@@ -82,12 +79,8 @@ void DecodeQ6K(const uint8_t* block, float* values) {
 
 void EncodeQ6K(const float* values, uint8_t* block) {
   float scales[kParts];
-  float largest = 0;
-  for (size_t part = 0; part < kParts; ++part) {
-    scales[part] = BestScale(values + part * kPartCols);
-    if (std::fabs(scales[part]) > std::fabs(largest)) largest = scales[part];
-  }
-  StoreF16(largest / -128.0f, block + 208);  // so that the largest scale is exactly -128 d
+  for (size_t part = 0; part < kParts; ++part) scales[part] = BestScale(values + part * kPartCols);
+  StoreF16(Largest(scales) / -128.0f, block + 208);  // so that the largest scale is exactly -128 d
   const float d = LoadF16(block + 208);
   uint8_t levels[kCols];
   for (size_t part = 0; part < kParts; ++part) {
