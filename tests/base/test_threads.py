@@ -86,6 +86,7 @@ def test_no_more_workers_than_cpus() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("first", ["torch", "ternaryforge"])
 def test_torch_beside_us_shares_one_runtime_and_its_threads(first: str) -> None:
+    pytest.importorskip("torch")
     use_ours, use_torch = (
         "before = linear(2)\n",
         "import torch\nproduct = torch.mm(torch.ones(512, 512), torch.ones(512, 512))\n",
@@ -116,6 +117,7 @@ def test_torch_beside_us_shares_one_runtime_and_its_threads(first: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_a_forked_child_does_not_wait_for_threads_of_torch() -> None:
+    pytest.importorskip("torch")
     # The parent has used the shared runtime through torch only.
     run_program("""
         import torch
