@@ -77,14 +77,7 @@ py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
   const std::span<float> result = SpanOf(out);
   const py::gil_scoped_release release;
   const PackedTensor weight = tensor.alphabet() == Alphabet::kTrit ? ToTiles(tensor, team) : tensor;
-  CheckCols(mode, cols);
-  LinearInput input(tokens, cols);
-  for (size_t t = 0; t < tokens; ++t) {
-    std::copy_n(values.data() + t * cols, cols, input.Row(t));
-    input.Quantize(mode, t, tokens, cols);
-  }
-  const LinearJob job[] = {{&weight, result.data(), weight.rows()}};
-  team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+  ApplyLinear(weight, values.data(), tokens, mode, team, result.data());
   return out;
 }
 

@@ -2,7 +2,6 @@
 // A linear layer on raw addresses, for callers whose arrays are not NumPy's, such as PyTorch's.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -31,25 +30,20 @@ void LinearAt(uintptr_t x, size_t tokens, size_t cols, uintptr_t weight, size_t 
               size_t group_size, uintptr_t out, const std::string& activations, size_t threads) {
   const ActivationMode mode = ActivationModeFromName(activations);
   const Layout layout = LayoutFromName(layout_name);
-  Check(layout != Layout::kHfPacked, "[linear_at] repack hf_packed to t16 first");
-  Check(tokens == 0 || (x != 0 && weight != 0 && out != 0), "[linear_at] an address is null");
+  Check(IsTiles(layout), "[linear_at] the run-time layouts are t16 and t20, got ", layout_name);
+  Check(tokens == 0 || (x != 0 && weight != 0 && scales != 0 && out != 0),
+        "[linear_at] an address is null");
   const Team team(threads);
   const py::gil_scoped_release release;
   if (tokens == 0) return;
   const auto* scale_data = reinterpret_cast<const float*>(scales);
   const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
   const PackedTensor tensor(
-      layout, rows, cols, {bytes, LayoutBytes(layout, rows, cols)}, nullptr,
+      layout, rows, cols, {bytes, LayoutBytes(layout, rows, cols, group_size)}, nullptr,
       MakeScales(KindOf(scale_count, group_size), group_size, ScaleConvention::kMultiply,
                  std::vector<float>(scale_data, scale_data + scale_count), rows, cols));
-  LinearInput input(tokens, cols);
-  const auto* values = reinterpret_cast<const float*>(x);
-  for (size_t t = 0; t < tokens; ++t) {
-    std::copy_n(values + t * cols, cols, input.Row(t));
-    input.Quantize(mode, t, tokens, cols);
-  }
-  const LinearJob job[] = {{&tensor, reinterpret_cast<float*>(out), rows}};
-  team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+  ApplyLinear(tensor, reinterpret_cast<const float*>(x), tokens, mode, team,
+              reinterpret_cast<float*>(out));
 }
 
 }  // namespace

@@ -77,4 +77,17 @@ void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const Lin
   }
 }
 
+void ApplyLinear(const PackedTensor& weight, const float* x, size_t tokens, ActivationMode mode,
+                 const Team& team, float* out) {
+  const size_t cols = weight.cols();
+  CheckCols(mode, cols);
+  LinearInput input(tokens, cols);
+  for (size_t t = 0; t < tokens; ++t) {
+    std::copy_n(x + t * cols, cols, input.Row(t));
+    input.Quantize(mode, t, tokens, cols);
+  }
+  const LinearJob job[] = {{&weight, out, weight.rows()}};
+  team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+}
+
 }  // namespace tf

@@ -53,4 +53,9 @@ struct LinearJob {
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,
                 size_t tokens, ActivationMode mode);
 
+// One layer alone, outside a model: out [tokens, rows] from x [tokens, cols]. Checks the columns
+// and allocates its workspace.
+void ApplyLinear(const PackedTensor& weight, const float* x, size_t tokens, ActivationMode mode,
+                 const Team& team, float* out);
+
 }  // namespace tf

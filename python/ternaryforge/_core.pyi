@@ -171,10 +171,10 @@ class kernels:
         x: int,  # float32 [tokens, cols]
         tokens: int,
         cols: int,
-        weight: int,  # layout_bytes(layout, rows, cols) bytes
+        weight: int,  # layout_bytes(layout, rows, cols, group_size=group_size) bytes
         rows: int,
-        layout: str,  # a run-time layout: "t16", "f32", "f16", "bf16", "int8"
-        scales: int,  # float32 [scale_count]: 0 for floats, 1, rows, or rows x groups
+        layout: str,  # "t16" or "t20"; ValueError for others
+        scales: int,  # float32 [scale_count]: 1, rows, or rows x groups
         scale_count: int,
         group_size: int,  # 0 unless scales belong to groups
         out: int,  # float32 [tokens, rows]

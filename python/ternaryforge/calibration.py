@@ -3,7 +3,7 @@
 
     report = calibrate("llama", "llama-ternary", "text.txt", scale="group", group_size=64)
 
-docs/quantization.md says what the methods do and what each is worth.
+docs/guide/quantization.md says what the methods do and what each is worth.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 
 With H the second moments of the input that the layer really sees, and D the moments of what its
 output lacks with that input, the weights that fit best are W + D H^-1. They are rounded by the
-calibrator of the core; docs/quantization.md has the formulas.
+calibrator of the core; docs/guide/quantization.md has the formulas.
 """
 
 from collections.abc import Iterator

@@ -106,11 +106,11 @@ def test_torch_beside_us_shares_one_runtime_and_its_threads(first: str) -> None:
             assert torch.get_num_threads() == 2
             assert torch.equal(torch.mm(torch.ones(512, 512), torch.ones(512, 512)), product)
         running = threads()
-        for _ in range(5):  # taking turns starts no more threads
+        for _ in range(5):  # taking turns starts no more threads; the third of above may still be leaving
             linear(2)
-            assert threads() == running
+            assert threads() <= running
             torch.mm(product, product)
-            assert threads() == running
+            assert threads() <= running
     """)
     run_program(program)
 

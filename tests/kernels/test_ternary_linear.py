@@ -192,3 +192,42 @@ def test_wrong_arguments_are_refused() -> None:
         _core.kernels.linear(np.zeros((1, 20), np.float32), tensor, activations="int8", threads=0)
     with pytest.raises(ValueError, match="C-contiguous"):
         _core.kernels.linear(np.zeros((20, 2), np.float32).T, tensor, activations="int8")
+
+
+def linear_at(x: np.ndarray, layout: str, data: np.ndarray, scales: np.ndarray, group_size: int = 0) -> np.ndarray:
+    """The layer on addresses; the weights are copied to a multiple of 64, as PyTorch gives them."""
+    (tokens, cols), rows = x.shape, len(scales)
+    room = np.empty(data.size + 64, np.uint8)
+    weight = room[-room.ctypes.data % 64 :][: data.size]
+    weight[:] = data
+    out = np.empty((tokens, rows), np.float32)
+    addresses = [array.ctypes.data for array in (x, weight, scales, out)]
+    _core.kernels.linear_at(
+        addresses[0], tokens, cols, addresses[1], rows, layout, addresses[2], scales.size, group_size,
+        addresses[3], "int8", 2,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize(("kind", "group_size"), [("row", 0), ("group", 128)])
+def test_addresses_and_arrays_give_the_same_bits(layout: str, kind: str, group_size: int) -> None:
+    trits = made_trits(36, 700)
+    tensor, scales = packed(trits, kind, group_size or 64, layout)
+    data = _core.formats.pack(trits, layout, group_size=group_size)
+    x = np.random.default_rng(5).normal(size=(3, 700)).astype(np.float32)
+    expected = _core.kernels.linear(x, tensor, activations="int8", threads=2)
+    np.testing.assert_array_equal(linear_at(x, layout, data, scales, group_size), expected)
+
+
+def test_addresses_that_do_not_fit_are_refused() -> None:
+    x, scales = np.zeros((1, 256), np.float32), np.ones(16, np.float32)
+    for name in ("hf_packed", "tq2_0", "f32"):
+        with pytest.raises(ValueError, match=f"t16 and t20, got {name}"):
+            linear_at(x, name, np.zeros(16 * 66, np.uint8), scales)
+    with pytest.raises(ValueError, match="an address is null"):
+        _core.kernels.linear_at(
+            x.ctypes.data, 1, 256, 0, 16, "t16", scales.ctypes.data, 16, 0, x.ctypes.data, "int8", 1
+        )
+    wide = np.zeros((1, 2**19 + 64), np.float32)
+    with pytest.raises(ValueError, match="exact up to 524288 columns, got 524352"):
+        linear_at(wide, "t16", np.full(16 * wide.shape[1] // 4, 0x55, np.uint8), scales)
