@@ -73,8 +73,9 @@ static int has_invalid_code(const uint8_t* data, uint64_t size) {
   return 0;
 }
 
+/* The scales and the data of an entry begin behind *used, which moves behind them. */
 static const char* check_entry(const uint8_t* file, uint64_t size, const uint8_t* entry,
-                               uint32_t rows, uint32_t cols, int is_vector) {
+                               uint32_t rows, uint32_t cols, int is_vector, uint64_t* used) {
   const uint32_t mode = load_u32(entry), kind = load_u32(entry + 12), group = load_u32(entry + 16);
   const uint64_t data = load_u32(entry + 20), scales = load_u32(entry + 24);
   uint64_t count = 0, bytes;
@@ -93,6 +94,10 @@ static const char* check_entry(const uint8_t* file, uint64_t size, const uint8_t
   if (kind == SCALE_ROW) count = rows;
   if (kind == SCALE_GROUP) count = (uint64_t)rows * ((cols - 1) / group + 1);
   if (scales > size || count * 4 > size - scales) return "the scales of a tensor lie outside";
+  if (count != 0 && scales < *used) return "the scales of a tensor lie in other bytes of the model";
+  if (count != 0) *used = scales + count * 4;
+  if (data < *used) return "a tensor lies in other bytes of the model";
+  *used = data + bytes;
   if (mode == ONEBIT_TERNARY && has_invalid_code(file + data, bytes)) return "a ternary code is 10";
   return NULL;
 }
@@ -102,6 +107,7 @@ typedef struct {
   const uint8_t* file;
   uint64_t size;
   const uint8_t *entry, *end;
+  uint64_t used; /* tensors lie one behind the other, in the order of the walk */
   const char* problem;
 } Walk;
 
@@ -111,7 +117,8 @@ static void expect(Walk* walk, uint32_t rows, uint32_t cols, int is_vector) {
     walk->problem = "the tensor table is cut off";
     return;
   }
-  walk->problem = check_entry(walk->file, walk->size, walk->entry, rows, cols, is_vector);
+  walk->problem =
+      check_entry(walk->file, walk->size, walk->entry, rows, cols, is_vector, &walk->used);
   walk->entry += ENTRY_BYTES;
 }
 
@@ -143,11 +150,10 @@ static OnebitLayer layer_at(const uint8_t* file, const uint8_t* record) {
   return layer;
 }
 
-static const char* check_layer(OnebitModel* model, const uint8_t* record) {
+static const char* check_layer(OnebitModel* model, const uint8_t* record, Walk* walk) {
   const uint32_t limit = 1u << 24; /* products of two sizes stay below 2^48 */
   const uint64_t rotation = load_u32(record + 48), tensors = load_u32(record + 52);
   OnebitLayer layer;
-  Walk walk;
   uint32_t query, kv;
   if (rotation > model->size || tensors > model->size) return "a layer lies outside of the file";
   layer = layer_at(model->bytes, record);
@@ -164,32 +170,28 @@ static const char* check_layer(OnebitModel* model, const uint8_t* record) {
   }
   query = layer.heads * layer.head_dim;
   kv = layer.kv_heads * layer.head_dim;
-  walk.file = model->bytes;
-  walk.size = model->size;
-  walk.entry = layer.tensors;
-  walk.end = model->bytes + model->size;
-  walk.problem = NULL;
-  expect_norm(&walk, model->hidden_size, 1);
-  expect_linear(&walk, query, model->hidden_size, layer.flags & PROJECTION_BIAS);
-  expect_linear(&walk, kv, model->hidden_size, layer.flags & PROJECTION_BIAS);
-  expect_linear(&walk, kv, model->hidden_size, layer.flags & PROJECTION_BIAS);
-  expect_norm(&walk, layer.head_dim, layer.flags & HEAD_NORMS);
-  expect_norm(&walk, layer.head_dim, layer.flags & HEAD_NORMS);
-  expect_norm(&walk, query, layer.flags & SUB_NORMS);
-  expect_linear(&walk, model->hidden_size, query, layer.flags & OUTPUT_BIAS);
-  expect_norm(&walk, model->hidden_size, layer.flags & POST_NORMS);
-  expect_norm(&walk, model->hidden_size, 1);
+  walk->entry = layer.tensors;
+  expect_norm(walk, model->hidden_size, 1);
+  expect_linear(walk, query, model->hidden_size, layer.flags & PROJECTION_BIAS);
+  expect_linear(walk, kv, model->hidden_size, layer.flags & PROJECTION_BIAS);
+  expect_linear(walk, kv, model->hidden_size, layer.flags & PROJECTION_BIAS);
+  expect_norm(walk, layer.head_dim, layer.flags & HEAD_NORMS);
+  expect_norm(walk, layer.head_dim, layer.flags & HEAD_NORMS);
+  expect_norm(walk, query, layer.flags & SUB_NORMS);
+  expect_linear(walk, model->hidden_size, query, layer.flags & OUTPUT_BIAS);
+  expect_norm(walk, model->hidden_size, layer.flags & POST_NORMS);
+  expect_norm(walk, model->hidden_size, 1);
   if (layer.flags & GATED) {
-    expect_linear(&walk, layer.ffn_size, model->hidden_size, layer.flags & FFN_BIAS);
+    expect_linear(walk, layer.ffn_size, model->hidden_size, layer.flags & FFN_BIAS);
   }
-  expect_linear(&walk, layer.ffn_size, model->hidden_size, layer.flags & FFN_BIAS);
-  expect_norm(&walk, layer.ffn_size, layer.flags & SUB_NORMS);
-  expect_linear(&walk, model->hidden_size, layer.ffn_size, layer.flags & FFN_BIAS);
-  expect_norm(&walk, model->hidden_size, layer.flags & POST_NORMS);
+  expect_linear(walk, layer.ffn_size, model->hidden_size, layer.flags & FFN_BIAS);
+  expect_norm(walk, layer.ffn_size, layer.flags & SUB_NORMS);
+  expect_linear(walk, model->hidden_size, layer.ffn_size, layer.flags & FFN_BIAS);
+  expect_norm(walk, model->hidden_size, layer.flags & POST_NORMS);
   if (query > model->largest_query) model->largest_query = query;
   if (kv > model->largest_kv) model->largest_kv = kv;
   if (layer.ffn_size > model->largest_ffn) model->largest_ffn = layer.ffn_size;
-  return walk.problem;
+  return walk->problem;
 }
 
 const char* onebit_open(const uint8_t* bytes, size_t size, OnebitModel* model) {
@@ -226,6 +228,7 @@ const char* onebit_open(const uint8_t* bytes, size_t size, OnebitModel* model) {
   walk.size = size;
   walk.entry = bytes + HEADER_BYTES + (size_t)model->layer_count * LAYER_BYTES;
   walk.end = bytes + size;
+  walk.used = (uint64_t)(walk.entry - bytes);
   walk.problem = NULL;
   {
     const uint8_t* first = walk.entry;
@@ -247,7 +250,7 @@ const char* onebit_open(const uint8_t* bytes, size_t size, OnebitModel* model) {
     if (model->flags & POSITION_EMBEDDING) model->position_embedding = tensor_at(bytes, first);
   }
   for (i = 0; i < model->layer_count; ++i) {
-    const char* problem = check_layer(model, bytes + HEADER_BYTES + (size_t)i * LAYER_BYTES);
+    const char* problem = check_layer(model, bytes + HEADER_BYTES + (size_t)i * LAYER_BYTES, &walk);
     if (problem != NULL) return problem;
   }
   return NULL;

@@ -119,7 +119,7 @@ def _inspect_onebit(path: Path) -> Inspection:
     return Inspection(
         path=str(path),
         format="1bit",
-        arch=None,
+        arch=".1bit",
         producer="ternaryforge",
         context_length=file.architecture.spec.context_length,
         tensors=dict(sorted(table.items())),

@@ -132,10 +132,9 @@ class TernaryModel:
         return cls.from_pretrained("demo", threads=threads, activations=activations, kv=kv, head=head)
 
     def __repr__(self) -> str:
-        kind = "dense" if self.architecture.quantization is None else self.architecture.quantization.method
         adapter = "" if self.adapter is None else f"adapter '{self.adapter}', "
         return (
-            f"TernaryModel('{self.path}': {self.architecture.architecture}, {kind}, {adapter}"
+            f"TernaryModel('{self.path}': {self.architecture.architecture}, {self.layout} weights, {adapter}"
             f"{self.transformer.activations} activations, {self.transformer.threads} threads)"
         )
 

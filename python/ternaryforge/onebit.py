@@ -136,6 +136,7 @@ class _Reader:
     def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
         self._path = path
         self._data = data
+        self._used = 0  # where the next tensor may begin
 
     def read(self) -> OnebitFile:
         if len(self._data) < _HEADER.size or bytes(self._data[:4]) != MAGIC:
@@ -153,6 +154,8 @@ class _Reader:
         if not 1 <= layers <= (size - _HEADER.size) // _LAYER.size:
             raise FormatError(f"{layers} layers do not fit the file")
         records = [_LAYER.unpack(self._bytes(_HEADER.size + i * _LAYER.size, _LAYER.size).data) for i in range(layers)]
+        if 2 * sum(record[5] for record in records) > size:  # every pair has two rows of a matrix
+            raise FormatError("the rotated pairs of the layers do not fit the file")
         spec = _core.model.ModelSpec(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -212,6 +215,7 @@ class _Reader:
     def _tensors(self, spec: _core.model.ModelSpec, tables: list[int]) -> dict[str, StoredTensor]:
         tensors = {}
         entry, current = _HEADER.size + len(tables) * _LAYER.size, ""
+        self._used = entry + len(ordered_slots(spec)) * _ENTRY.size
         for slot, (rows, cols) in ordered_slots(spec).items():
             part = slot.rpartition(".")[0]
             if part != current:
@@ -234,15 +238,23 @@ class _Reader:
             raise FormatError(f"'{slot}' has groups of {group_size} columns and scales of kind '{scale_kind}'")
         per_row = {"none": 0, "tensor": 0, "row": 1}.get(scale_kind, -(-cols // max(group_size, 1)))
         count = 1 if scale_kind == "tensor" else rows * per_row
+        stored_scales = self._next_bytes(slot, scales, 4 * count).view("<f4") if count else None
         return StoredTensor(
             mode=name,
             rows=rows,
             cols=cols,
-            data=self._bytes(data, _core.formats.layout_bytes(_LAYOUTS[name], rows, cols)),
+            data=self._next_bytes(slot, data, _core.formats.layout_bytes(_LAYOUTS[name], rows, cols)),
             scale_kind=scale_kind,
             group_size=group_size,
-            scales=self._bytes(scales, 4 * count).view("<f4") if count else None,
+            scales=stored_scales,
         )
+
+    def _next_bytes(self, slot: str, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes behind those of the tensors before: a small file cannot claim a large model."""
+        if offset < self._used:
+            raise FormatError(f"'{slot}' begins at {offset}, in other bytes of the model")
+        self._used = offset + size
+        return self._bytes(offset, size)
 
     def _tokenizer(self, offset: int) -> StoredTokenizer:
         if offset > len(self._data):

@@ -308,7 +308,7 @@ def test_the_hub_is_asked_for_no_pickles(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model = TernaryModel.from_pretrained("org/some.name@refs/pr/1")
-    assert repr(model).startswith(f"TernaryModel('{tmp_path}': LlamaForCausalLM, dense, float activations")
+    assert repr(model).startswith(f"TernaryModel('{tmp_path}': LlamaForCausalLM, f32 weights, float activations")
     name, options = calls[0]
     assert (name, options["revision"]) == ("org/some.name", "refs/pr/1")
     patterns = options["allow_patterns"]

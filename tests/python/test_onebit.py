@@ -149,6 +149,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     refused(changed(entry + 4, 1), "'embedding' is 1 x 24")
     refused(changed(entry + 12, 1), "'embedding' is f16 with scales of kind 'tensor'")
     refused(changed(entry + 20, 0xFFFFFFF0), "behind the end")
+    refused(changed(entry + 20, entry), f"'embedding' begins at {entry}, in other bytes")
+    refused(changed(64 + 20, 1 << 30), "rotated pairs of the layers do not fit")
     refused(changed(48, 0xFFFFFFF0), "tokenizer")
 
 

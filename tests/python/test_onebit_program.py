@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import ternaryforge as tf
+from ternaryforge.onebit import read_onebit
 from ternaryforge.onebit_export import export_onebit
 
 SOURCE = Path(__file__).resolve().parents[2] / "cpp" / "embedded"
@@ -214,24 +215,39 @@ def test_weights_that_are_no_numbers(checked_program: Path, tmp_path: Path) -> N
         assert status(checked_program, file)[0] == 0
 
 
-def test_a_cache_whose_size_overflows(checked_program: Path, tmp_path: Path) -> None:
-    """8192 layers with keys of 2^24 numbers and 2^24 tokens: 2^64 bytes, one bit a weight in 2 MB that all share."""
-    wide, layers = 1 << 24, 8192
+def wide_model(layers: int) -> bytes:
+    """Keys of 2^20 numbers, 2^24 tokens and one bit a weight; every layer names the same bytes."""
+    wide = 1 << 20
     table = 64 + 64 * layers
-    data = table + 32 * 10
+    used = table + 32 * 10
+    entries = []
+    for mode, rows, cols in (
+        [(0, 1, 1)] * 3  # embedding, final_norm, attention_norm
+        + [(4, wide, 1)] * 3  # query, key, value
+        + [(4, 1, wide), (0, 1, 1), (4, 1, 1), (4, 1, 1)]  # output, ffn_norm, up, down
+    ):
+        scale = 4 * (mode == 4)
+        entries.append(struct.pack("<7I4x", mode, rows, cols, mode // 4, 0, used + scale, used))
+        used += scale + (rows * -(-cols // 8) if mode == 4 else 4)
     record = struct.pack("<8I4f2I8x", 1, 1, wide, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, table + 64)
-    number = struct.pack("<7I4x", 0, 1, 1, 0, 0, data, 0)
-    wide_rows = struct.pack("<7I4x", 4, wide, 1, 1, 0, data, data)
-    entries = [number, number, number, wide_rows, wide_rows, wide_rows]
-    entries += [struct.pack("<7I4x", 4, 1, wide, 1, 0, data, data), number]
-    entries += [struct.pack("<7I4x", 4, 1, 1, 1, 0, data, data)] * 2
-    content = struct.pack("<5I3fI12x", 1, 1, layers, wide, 1, 1e-5, 1, 0, data)
-    content += record * layers + b"".join(entries) + bytes(wide)
+    content = struct.pack("<5I3fI12x", 1, 1, layers, 1 << 24, 1, 1e-5, 1, 0, used)
+    content += record * layers + b"".join(entries)
+    content += bytes(used - 16 - len(content)) + struct.pack("<4i24x", 0, -1, 0, -1) + bytes(2048)  # no tokenizer
+    return struct.pack("<4s3I", b"1BIT", 1, len(content) + 16, zlib.crc32(content)) + content
+
+
+def test_a_small_file_that_claims_much(checked_program: Path, tmp_path: Path) -> None:
     file = tmp_path / "wide.1bit"
-    file.write_bytes(struct.pack("<4s3I", b"1BIT", 1, len(content) + 16, zlib.crc32(content)) + content)
+    file.write_bytes(wide_model(layers=1))  # a cache of 2^47 bytes
     code, errors = status(checked_program, file, "--ids", "0")
     assert code == 1
     assert errors.endswith("onebit: memory: there is not enough\n")
+    file.write_bytes(wide_model(layers=2))
+    code, errors = status(checked_program, file, "--ids", "0")
+    assert code == 1
+    assert errors.endswith("a tensor lies in other bytes of the model\n")
+    with pytest.raises(tf.FormatError, match="'embedding' begins at 512, in other bytes of the model"):
+        read_onebit(file)
 
 
 def test_wrong_arguments(program: Path, tmp_path: Path) -> None:
