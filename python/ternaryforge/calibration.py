@@ -25,8 +25,7 @@ from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, cal
 from ternaryforge.calibration_linear import METHODS, Float32, LinearOptions, Method, QuantizedLinear
 from ternaryforge.calibration_text import WINDOW, CalibrationText, check_apart, draw_text, read_text
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
-from ternaryforge.conversion import COMPANION_FILES
+from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
 from ternaryforge.evaluation import evaluate
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.memory import PeakAnonymous

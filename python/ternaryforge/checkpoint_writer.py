@@ -33,6 +33,12 @@ from ternaryforge.checkpoint import DTYPE_BYTES, SINGLE_FILE
 
 # A BF16 tensor is handed over as its bits in uint16, or as bytes.
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
+COMPANION_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""What is copied beside the weights: texts need it, or a licence asks for it."""
+
 _ALIGNMENT = 64  # of the first tensor in the file; the format asks for 8
 
 
@@ -56,7 +62,8 @@ class CheckpointWriter:
     The work happens in a hidden folder beside `out`, which is renamed to `out` when the `with`
     block ends without an error and every planned tensor was written; otherwise it is removed,
     after Ctrl-C too. `out` must not exist or be an empty folder (FileExistsError).
-    Raises OSError with the reason when the disk is full.
+    Raises OSError with the reason when the disk is full. `header_bytes`: what comes before the data
+    takes so much, a multiple of 8; 0: as little as it can, aligned to 64.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class CheckpointWriter:
         tensors: Sequence[TensorPlan],
         *,
         metadata: dict[str, str] | None = None,
+        header_bytes: int = 0,
     ) -> None:
         self.out = Path(out)
         # As the safetensors library does: wide elements first, so that everything is aligned.
@@ -83,7 +91,9 @@ class CheckpointWriter:
                 "data_offsets": [begins[tensor.name], position],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        if header_bytes and 8 + len(text) > header_bytes:
+            raise ValueError(f"[save] the header takes {8 + len(text)} bytes, and {header_bytes} were foretold")
+        text += b" " * (header_bytes - 8 - len(text) if header_bytes else -(8 + len(text)) % _ALIGNMENT)
         self._header = len(text).to_bytes(8, "little") + text
         self._begins = begins
         self._missing = {tensor.name: tensor for tensor in plan}

@@ -11,7 +11,7 @@ What lies in the folder is described in docs/reference/formats.md.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
+from ternaryforge.bit_map import BitMap, Mode, read_bit_map
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
+from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.families.base import Part
+from ternaryforge.mapped_checkpoint import MappedCheckpoint
 from ternaryforge.memory import PeakAnonymous
 from ternaryforge.quantization import Quantization, ScaleKind
 from ternaryforge.report import Report
@@ -44,12 +46,6 @@ from ternaryforge.weights import load_weights, packed_rows, scale_name
 
 Progress = Callable[[int, int, str], None]
 
-COMPANION_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-"""What is copied beside the weights: texts need it, or a licence asks for it."""
-
 ROUNDED = (
     "these weights were not trained to be ternary, and rounding alone usually turns such a model into gibberish: "
     "measure the result with `ternaryforge evaluate` before using it"
@@ -60,7 +56,7 @@ _FINEST_GROUP = 64
 
 @dataclass(frozen=True, slots=True)
 class LinearConversion:
-    """One linear layer. `relative_error` is |w - trit * scale|^2 / |w|^2."""
+    """One matrix. `relative_error` is |w - stored|^2 / |w|^2."""
 
     name: str
     rows: int
@@ -68,6 +64,7 @@ class LinearConversion:
     already_ternary: bool
     relative_error: float
     zero_fraction: float
+    mode: Mode = "ternary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,8 @@ class ConversionReport(Report):
     the weights file, and `file_bits_per_weight` spreads it over all parameters.
     `peak_anonymous_bytes` is the growth of the process's anonymous memory, None where the system
     does not tell. `already_ternary` names the layers that were kept as they were. `warnings` says what
-    the user should know before using the result.
+    the user should know before using the result. With a `bit_map`, `linears` are all matrices that it
+    covers, embedding and head included, and `bits_per_weight` is over them all.
     """
 
     source: str
@@ -97,6 +95,7 @@ class ConversionReport(Report):
     already_ternary: tuple[str, ...]
     warnings: tuple[str, ...]
     linears: tuple[LinearConversion, ...]
+    bit_map: dict[str, Any] | None = None
 
 
 def convert(
@@ -106,6 +105,7 @@ def convert(
     scheme: Scheme = "ls",
     scale: ScaleKind = "tensor",
     group_size: int = 128,
+    bit_map: BitMap | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -118,6 +118,9 @@ def convert(
         scale: `tensor` writes a stock folder that plain transformers loads (with int8 activations);
             `row` or `group` a folder for this library.
         group_size: Columns that share a scale under `group`: a multiple of 64.
+        bit_map: The mode of every layer, embedding and head (f16, int8, ternary, binary), as a JSON
+            file or its content: docs/guide/bit-maps.md. Default: linear layers are ternary, the rest
+            keeps its bytes.
         threads: Default: the physical cores at hand.
         progress: Called after each tensor with the bytes done, all bytes, and the tensor's name.
 
@@ -135,13 +138,15 @@ def convert(
     real_source, real_out = source.resolve(), out.resolve()
     if real_out == real_source or real_source in real_out.parents:
         raise ValueError(f"[convert] the output must lie outside of the source, got '{out}'")
+    options = RoundingOptions(scheme, scale, group_size, threads)
+    if bit_map is not None:
+        return _convert_mapped(source, out, read_bit_map(bit_map), options, progress)
     with PeakAnonymous() as memory:
         checkpoint = Checkpoint.open(source)
         where = str(source / "config.json")
         architecture = read_architecture(checkpoint.config, where=where)
         quantization = architecture.quantization
         if quantization is None or quantization.online:
-            options = RoundingOptions(scheme, scale, group_size, threads)
             job: _Copy = _Rounding(checkpoint, architecture, options)
         else:
             job = _Copy(checkpoint, architecture)
@@ -166,6 +171,44 @@ def convert(
         already_ternary=tuple(linear.name for linear in linears if linear.already_ternary),
         warnings=_warnings(quantization, linears, trained=bool(architecture.rules)),
         linears=linears,
+    )
+
+
+def _convert_mapped(
+    source: Path, out: Path, bit_map: BitMap, options: RoundingOptions, progress: Progress | None
+) -> ConversionReport:
+    started = time.perf_counter()
+    with PeakAnonymous() as memory:
+        checkpoint = Checkpoint.open(source)
+        architecture = read_architecture(checkpoint.config, where=str(source / "config.json"))
+        mapped = MappedCheckpoint(checkpoint, architecture, options)
+        bits = 8 if architecture.family == "bitnet" else 16
+        file_bytes, stored = mapped.write(out, bit_map, activation_bits=bits, progress=progress)
+    linears = tuple(
+        LinearConversion(
+            matrix.name, matrix.rows, matrix.cols, False, matrix.relative_error, matrix.zero_fraction, matrix.mode
+        )
+        for matrix in stored
+    )
+    weights = sum(linear.rows * linear.cols for linear in linears)
+    few_bits = [linear for linear in linears if linear.mode in ("ternary", "binary")]
+    return ConversionReport(
+        source=str(source),
+        out=str(out),
+        scheme=options.scheme,
+        scale=options.scale,
+        group_size=options.group_size if options.scale == "group" else None,
+        tensors=sum(linear.mode == "ternary" for linear in linears),
+        ternary_params=sum(linear.rows * linear.cols for linear in linears if linear.mode == "ternary"),
+        bits_per_weight=8 * sum(matrix.nbytes for matrix in stored) / weights,
+        file_bits_per_weight=8 * file_bytes / sum(rows * cols for rows, cols in architecture.spec.slots().values()),
+        file_bytes=file_bytes,
+        peak_anonymous_bytes=memory.growth,
+        seconds=time.perf_counter() - started,
+        already_ternary=(),
+        warnings=(ROUNDED,) if few_bits else (),
+        linears=linears,
+        bit_map=bit_map.to_dict(),
     )
 
 

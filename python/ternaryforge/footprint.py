@@ -96,11 +96,10 @@ class Footprint:
             )
             if tensor is None or rows == 1:
                 self._vector_bytes += 4 * cols
-            elif rule is not None and rule.kind == "int8":
-                self.dense_bytes += rows * cols
-                self.read_dense_bytes += rows * cols
-                self.dense_linear_weights += rows * cols
-                self._latent_bytes = max(self._latent_bytes, 2 * rows * cols)
+            elif (rule is not None and rule.kind == "int8") or tensor.dtype == "I8":
+                self._add_bytes(architecture, slot, rows * cols)
+                self._scale_bytes += 2 * 2 * 4 * rows
+                self._latent_bytes = max(self._latent_bytes, 2 * rows * cols * latent)
             elif tensor.dtype in ("U8", "U32") or latent:
                 packed[slot] = (rows, cols)
                 # As stored and as used, in float32; twice while the core takes the weights over.
@@ -137,6 +136,14 @@ class Footprint:
             self.read_dense_bytes += self.head_bytes - table.nbytes
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self._workspace = _workspace_bytes(slots, spec.hidden_size)
+
+    def _add_bytes(self, architecture: Architecture, slot: str, weights: int) -> None:
+        """A matrix of bytes."""
+        self.dense_bytes += weights
+        if slot != "embedding" or architecture.tied_head:
+            self.read_dense_bytes += weights
+        if architecture.is_linear(slot):
+            self.dense_linear_weights += weights
 
     def load(self, threads: int) -> Memory:
         """A process that has loaded the model."""

@@ -280,9 +280,12 @@ def _check_shapes(architecture: Architecture, tensors: Mapping[str, TensorPlan],
         vector = rows == 1 and len(tensor.shape) == 1
         total = architecture.parts.get(slot, Part(0, cols if vector else rows)).total
         expected = (total,) if vector else (packed_rows(total) if tensor.dtype == "U8" else total, cols)
+        mode = architecture.mode(slot)
+        if mode == "binary":
+            expected = (total, -(-cols // 8))
         if tensor.dtype == "U32" and architecture.quantization is not None:
             expected = (total, cols * architecture.quantization.code_bits // 32)
-        if tensor.dtype not in (*FLOAT_DTYPES, "U8", "U32"):
+        if tensor.dtype not in (*FLOAT_DTYPES, "U8", "U32") and (mode, tensor.dtype) != ("int8", "I8"):
             raise FormatError(f"[plan] '{where}': tensor '{name}' has dtype {tensor.dtype}, which cannot be used")
         if tensor.shape != expected:
             raise FormatError(

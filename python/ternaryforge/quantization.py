@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ternaryforge._core import FormatError
+from ternaryforge.bit_map import BitMap, parse_bit_map
 
 ScaleKind = Literal["tensor", "row", "group"]
 Convention = Literal["multiply", "divide"]
@@ -31,6 +32,7 @@ _TERNARYFORGE_FIELDS = {
     "activation_bits",
     "modules_to_not_convert",
     "ternary_embeddings",
+    "layer_bit_map",
     "version",
 }
 
@@ -44,6 +46,7 @@ class Quantization:
     patterns of modules that stay dense, None for "the head alone". `strict`: every linear layer
     that is not excluded must be ternary (`bitnet`); otherwise its dtype tells (`ternaryforge`).
     `ternary_embeddings`: the table of embeddings may be ternary too. `code_bits`: of MLX's codes, else 2.
+    `bit_map`: the mode of every matrix, embedding and head included; None where there are only two.
     """
 
     method: Literal["bitnet", "ternaryforge", "mlx"]
@@ -56,6 +59,7 @@ class Quantization:
     strict: bool
     ternary_embeddings: bool = False
     code_bits: int = 2
+    bit_map: BitMap | None = None
 
     def keeps_dense(self, module: str) -> bool:
         """Whether a module such as `model.layers.0.mlp.up_proj` is excluded, as transformers reads it.
@@ -136,6 +140,12 @@ def _parse_ternaryforge(fields: dict[str, Any], where: str) -> Quantization:
         raise FormatError(
             f"[config] '{where}': quantization_config.activation_bits must be 8, 16 or null, got {activation_bits!r}"
         )
+    bit_map = fields.get("layer_bit_map")
+    if bit_map is not None and (fields.get("modules_to_not_convert") or fields.get("ternary_embeddings")):
+        raise FormatError(
+            f"[config] '{where}': quantization_config.layer_bit_map says everything: remove modules_to_not_convert and "
+            "ternary_embeddings"
+        )
     return Quantization(
         method="ternaryforge",
         scale=scale,
@@ -146,6 +156,7 @@ def _parse_ternaryforge(fields: dict[str, Any], where: str) -> Quantization:
         excluded=_excluded(fields, where),
         strict=False,
         ternary_embeddings=_flag(fields, "ternary_embeddings", where),
+        bit_map=None if bit_map is None else parse_bit_map(bit_map, where=where),
     )
 
 

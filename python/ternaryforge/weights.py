@@ -79,10 +79,12 @@ def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> No
             checkpoint.info(name)
     known = set(architecture.tensor_names.values())
     for slot, name in architecture.tensor_names.items():
-        if architecture.is_ternary(slot):
+        if architecture.is_ternary(slot) or architecture.mode(slot) not in (None, "f16"):
             known.add(scale_name(name))
-            if architecture.quantization is not None and architecture.quantization.method == "mlx":
-                known.update(mlx_names(name))
+        if architecture.is_ternary(slot) and (
+            architecture.quantization is not None and architecture.quantization.method == "mlx"
+        ):
+            known.update(mlx_names(name))
     head = "lm_head.weight"
     for name in checkpoint:
         if name in known or _IGNORED.fullmatch(name):
@@ -140,6 +142,8 @@ class _Loader:
         if slot in architecture.optional and name not in checkpoint:
             return _core.formats.PackedTensor("f32", rows, cols, np.zeros((rows, cols), np.float32))
         info = checkpoint.info(name)
+        if architecture.mode(slot) is not None and quantization is not None:
+            return self._in_mode(slot, info, rows, cols, quantization)
         if architecture.is_ternary(slot) and quantization is not None and not quantization.online:
             if slot == "head" and quantization.strict:
                 raise FormatError(
@@ -158,6 +162,26 @@ class _Loader:
         if quantization is not None and architecture.is_ternary(slot.removesuffix("_bias")):
             _check_bias(info, quantization)
         return self._dense(slot, info, rows, cols)
+
+    def _in_mode(
+        self, slot: str, info: TensorInfo, rows: int, cols: int, quantization: Quantization
+    ) -> _core.formats.PackedTensor:
+        """A matrix of which a bit map says how it is stored."""
+        mode = self._architecture.mode(slot)
+        expected = {"f16": ("F16", "BF16"), "int8": ("I8",)}.get(mode or "", ("U8",))
+        if info.dtype not in expected:
+            raise FormatError(
+                f"[model] '{info.file}': tensor '{info.name}' has dtype {info.dtype}, expected "
+                f"{' or '.join(expected)}, since layer_bit_map says {mode}"
+            )
+        match mode:
+            case "f16":
+                return self._dense(slot, info, rows, cols)
+            case "int8":
+                return self._int8(slot, info, rows, cols)
+            case "binary":
+                return self._binary(slot, info, rows, cols, quantization)
+        return self._packed(slot, info, rows, cols, quantization)
 
     def _chosen(self, slot: str, rows: int) -> NDArray[np.int64] | slice:
         return taken_rows(self._architecture, slot, rows)
@@ -225,6 +249,29 @@ class _Loader:
             return self._ternary(info.name, codes[:stored_rows], quantization)
 
         return self._codes(info.name, decode).rows(chosen)
+
+    def _int8(self, slot: str, info: TensorInfo, rows: int, cols: int) -> _core.formats.PackedTensor:
+        stored_rows = self._stored_rows(slot, rows)
+        _check_shape(info, (stored_rows, cols))
+        codes = self._checkpoint.read(info.name)
+        scales = _read_row_scales(self._checkpoint, info.name, stored_rows)
+        return _Codes("int8", codes, scales, "row", 0, "multiply").rows(self._chosen(slot, rows))
+
+    def _binary(
+        self, slot: str, info: TensorInfo, rows: int, cols: int, quantization: Quantization
+    ) -> _core.formats.PackedTensor:
+        stored_rows = self._stored_rows(slot, rows)
+        _check_shape(info, (stored_rows, -(-cols // 8)), f": eight of the {cols} columns in a byte")
+
+        def decode() -> _Codes:
+            raw = np.frombuffer(self._checkpoint.raw(info.name), np.uint8)
+            try:
+                codes = _core.formats.unpack(raw, "onebit_binary", stored_rows, cols)
+            except ValueError as error:
+                raise FormatError(f"[model] '{info.file}': tensor '{info.name}': {error}") from None
+            return self._ternary(info.name, codes, quantization)
+
+        return self._codes(info.name, decode).rows(self._chosen(slot, rows))
 
     def _packed_by_mlx(
         self, slot: str, info: TensorInfo, rows: int, cols: int, quantization: Quantization
@@ -367,6 +414,18 @@ def _check_finite(info: TensorInfo, stored: NDArray[Any]) -> None:
             raise FormatError(
                 f"[model] '{info.file}': tensor '{info.name}' holds NaN or infinity; the checkpoint is damaged"
             )
+
+
+def _read_row_scales(checkpoint: Checkpoint, name: str, rows: int) -> NDArray[np.float32]:
+    info = checkpoint.info(scale_name(name))
+    _check_shape(info, (rows,))
+    scales = checkpoint.read_float32(info.name)
+    if not (np.isfinite(scales) & (scales >= 0)).all():
+        raise FormatError(
+            f"[model] '{info.file}': tensor '{info.name}' holds the unusable scale "
+            f"{scales[~(scales >= 0) | ~np.isfinite(scales)][0]}; the checkpoint is damaged"
+        )
+    return scales
 
 
 def _read_scales(

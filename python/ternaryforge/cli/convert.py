@@ -43,6 +43,9 @@ def command(
         Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")
     ] = Scale.TENSOR,
     group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    bit_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Modes per layer as JSON, such as 'search' writes.")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Mind the activations of --data, as 'calibrate' does by default.")
     ] = False,
@@ -55,6 +58,8 @@ def command(
     if calibrate != (data is not None):
         raise typer.BadParameter("--calibrate and --data FILE go together")
     if data is not None:
+        if bit_map is not None:
+            raise typer.BadParameter("--bit-map does not go with --calibrate")
         from ternaryforge.cli.calibrate import run
 
         run(source, out, data, json=json, scale=scale.value, group_size=group_size, threads=threads, seed=seed)
@@ -68,6 +73,7 @@ def command(
             scheme=scheme.value,
             scale=scale.value,
             group_size=group_size,
+            bit_map=bit_map,
             threads=threads,
             progress=progress,
         )
@@ -79,7 +85,7 @@ def command(
             "written": report.out,
             "ternary layers": f"{report.tensors} ({len(report.already_ternary)} were ternary already)",
             "ternary weights": f"{report.ternary_params:,}",
-            "bits per ternary weight": f"{report.bits_per_weight:.4f}",
+            f"bits per {'ternary' if bit_map is None else 'mapped'} weight": f"{report.bits_per_weight:.4f}",
             "file": f"{report.file_bytes:,} bytes",
             "seconds": f"{report.seconds:.1f}",
         }

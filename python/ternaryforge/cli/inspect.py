@@ -67,5 +67,9 @@ def _in_words(fields: dict[str, Any]) -> str:
     ]
     if fields["convention"] == "divide" and not fields["online"]:
         parts[2] += " (stored as reciprocals)"
+    if (bit_map := fields.get("bit_map")) is not None:
+        modes = [entry if isinstance(entry, str) else "mixed" for entry in bit_map["layers"]]
+        counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
+        return ", ".join([*parts, f"embedding {bit_map['embedding']}", f"layers {counts}"])
     dense = ("lm_head",) if excluded is None else excluded
     return ", ".join(parts) + ("; dense: " + ", ".join(dense) if dense else "")

@@ -62,5 +62,12 @@ def read_architecture(config: dict[str, Any], *, where: str) -> Architecture:
     """
     Fields(config, where).refuse_rotated()
     if is_ternary_core(config, where=where):
-        return read_ternary_core(config, where=where)
-    return family_of(config, where=where).read(config, where=where)
+        found = read_ternary_core(config, where=where)
+    else:
+        found = family_of(config, where=where).read(config, where=where)
+    bit_map = None if found.quantization is None else found.quantization.bit_map
+    if bit_map is not None:
+        if found.rules:
+            raise bit_map.refusal(f"the layers of {found.architecture} have modes of their own, in its layer_bit_map")
+        bit_map.check(found.linear_modules(), len(found.spec.layers), tied_head=found.tied_head)
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
+from ternaryforge.bit_map import Mode
 from ternaryforge.families.fields import Activation, Fields
 from ternaryforge.families.rope import Rotation, read_rotation
 from ternaryforge.latents import LatentRule
@@ -73,8 +74,22 @@ class Architecture:
         """Whether a slot is a linear layer of a block (the head and the embedding are not)."""
         return slot.rpartition(".")[2] in LINEAR_SLOTS
 
+    def linear_modules(self) -> dict[str, str]:
+        """The modules of the linear layers by slot."""
+        return {slot: self.module_of(slot) for slot in self.spec.slots() if self.is_linear(slot)}
+
+    def mode(self, slot: str) -> Mode | None:
+        """The mode in which a matrix is stored, None where no bit map says it."""
+        bit_map = None if self.quantization is None else self.quantization.bit_map
+        if bit_map is None or not (self.is_linear(slot) or slot in ("embedding", "head")):
+            return None
+        return bit_map.mode(slot, self.module_of(slot))
+
     def is_ternary(self, slot: str) -> bool:
         """Whether the configuration promises ternary weights for a slot (or allows them)."""
+        mode = self.mode(slot)
+        if mode is not None:
+            return mode == "ternary"
         if slot == "embedding":
             return self.quantization is not None and self.quantization.ternary_embeddings
         if self.quantization is None or not (self.is_linear(slot) or slot == "head"):

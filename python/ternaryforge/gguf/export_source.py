@@ -15,6 +15,7 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint, read_json
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.families.base import Part
 from ternaryforge.gguf.architectures import is_norm, is_permuted
 from ternaryforge.gguf.profiles import Scales
 from ternaryforge.gguf.reading import GgufSource, Ternary, first_part, is_gguf, with_quantization
@@ -22,7 +23,7 @@ from ternaryforge.gguf.vocabulary import Vocabulary
 from ternaryforge.gguf.vocabulary_writer import describe_tokenizer
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
-from ternaryforge.weights import load_weights
+from ternaryforge.weights import load_weights, scale_name
 
 _LEAST_GROUP = 64
 _PROBED_ROWS = 8
@@ -100,6 +101,7 @@ class _Folder(ExportSource):
         architecture = read_architecture(checkpoint.config, where=where)
         super().__init__(path, where, checkpoint.config, architecture)
         self._files = checkpoint.files
+        self._checkpoint = checkpoint
         self._weights: Mapping[str, _core.formats.PackedTensor] = load_weights(checkpoint, architecture)
         self._threads = threads
 
@@ -155,8 +157,11 @@ class _Folder(ExportSource):
         return sum(file.stat().st_size for file in self._files)
 
     def stored_bytes(self, slot: str) -> int:
-        weight = self._weights[slot]
-        return weight.data.nbytes + (weight.effective_scales.nbytes if _is_packed(weight) else 0)
+        architecture, name = self.architecture, self.architecture.tensor_names[slot]
+        rows = architecture.spec.slots()[slot][0]
+        names = [name, scale_name(name)] if scale_name(name) in self._checkpoint else [name]
+        nbytes = sum(self._checkpoint.info(stored).nbytes for stored in names)
+        return nbytes * rows // architecture.parts.get(slot, Part(0, rows)).total
 
     def _parts(self, slot: str, step: int) -> Iterator[NDArray[np.float32]]:
         weight = self._weights[slot]

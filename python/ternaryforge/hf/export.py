@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
-from ternaryforge.conversion import COMPANION_FILES
+from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.report import Report
 from ternaryforge.torch.encoding import EncodedMatrix, encode_matrix, has_output_bias, learned_names
