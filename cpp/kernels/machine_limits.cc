@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "base/aligned.h"
@@ -53,43 +54,63 @@ void ReadWords(const uint32_t* HWY_RESTRICT words, size_t count, uint32_t* HWY_R
 
 // As many independent sums as hide the latency of a step and leave registers for its operands.
 inline constexpr size_t kCodeVectors = simd_hwy::kDotBytes == 64 ? 3 : 2;
-inline constexpr size_t kActVectors = 4;
+inline constexpr size_t kActVectors = simd_hwy::kDotBytes == 32 ? 6 : 4;
 
 // *total = the sum modulo 2^32 of every code vector with every act vector, `rounds` times. The
-// codes are loaded anew each round, or a compiler would multiply only once.
+// operands are loaded anew each round, or a compiler would multiply only once.
 template <simd::DotKind kDot>
 void MultiplyRounds(const uint8_t* HWY_RESTRICT codes, size_t window,
                     const int8_t* HWY_RESTRICT acts, size_t rounds, uint32_t* HWY_RESTRICT total) {
   constexpr size_t kBytes = simd_hwy::kDotBytes;
-  alignas(64) int32_t lanes[kCodeVectors * kActVectors][kBytes / 4] = {};
+  alignas(64) int32_t lanes[kActVectors * kCodeVectors][kBytes / 4] = {};
 #if HWY_TARGET == HWY_SCALAR
   for (size_t round = 0; round < rounds; ++round) {
     const uint8_t* HWY_RESTRICT from = codes + round % window * kCodeVectors * kBytes;
-    for (size_t i = 0; i < kCodeVectors * kActVectors; ++i) {
-      simd_hwy::DotOnce<kDot>(from + i / kActVectors * kBytes, acts + i % kActVectors * kBytes,
+    for (size_t i = 0; i < kActVectors * kCodeVectors; ++i) {
+      simd_hwy::DotOnce<kDot>(from + i % kCodeVectors * kBytes, acts + i / kCodeVectors * kBytes,
                               lanes[i]);
     }
   }
 #else
+  // Without a dot instruction sums have 16 bits for this many rounds: 64 pairs of products of codes
+  // up to 2 lie in -32768 .. 32512.
+  constexpr bool kPairs = kDot == simd::DotKind::kPortable;
+  const size_t fold_rounds = kPairs ? 64 : rounds;
+  using SumsTag = std::conditional_t<kPairs, simd_hwy::DotPairsTag, simd_hwy::DotSumsTag>;
   const simd_hwy::DotBytesTag d8;
   const simd_hwy::DotSumsTag d32;
   const hn::RebindToSigned<simd_hwy::DotBytesTag> di8;
-  simd_hwy::DotSums sums[kCodeVectors][kActVectors];
-  hn::Vec<decltype(di8)> act[kActVectors];
-  for (auto& row : sums) {
-    for (auto& vector : row) vector = hn::Zero(d32);
-  }
-  for (size_t a = 0; a < kActVectors; ++a) act[a] = hn::LoadU(di8, acts + a * kBytes);
-  for (size_t round = 0; round < rounds; ++round) {
-    const uint8_t* HWY_RESTRICT from = codes + round % window * kCodeVectors * kBytes;
-    for (size_t c = 0; c < kCodeVectors; ++c) {
-      const auto code = hn::LoadU(d8, from + c * kBytes);
-      for (size_t a = 0; a < kActVectors; ++a)
-        sums[c][a] = simd_hwy::DotStep<kDot>(sums[c][a], code, act[a]);
+  for (size_t begin = 0; begin < rounds; begin += fold_rounds) {
+    hn::Vec<SumsTag> sums[kActVectors][kCodeVectors];
+    for (auto& row : sums) {
+      for (auto& vector : row) vector = hn::Zero(SumsTag());
+    }
+    const size_t end = std::min(begin + fold_rounds, rounds);
+    for (size_t round = begin; round < end; ++round) {
+      const uint8_t* HWY_RESTRICT from = codes + round % window * kCodeVectors * kBytes;
+      simd_hwy::DotCodes code[kCodeVectors];
+      for (size_t c = 0; c < kCodeVectors; ++c) code[c] = hn::LoadU(d8, from + c * kBytes);
+      for (size_t a = 0; a < kActVectors; ++a) {
+        const auto act = hn::LoadU(di8, acts + a * kBytes);
+        for (size_t c = 0; c < kCodeVectors; ++c) {
+          if constexpr (kPairs) {
+            sums[a][c] = simd_hwy::AddPairProducts(sums[a][c], code[c], act);
+          } else {
+            sums[a][c] = simd_hwy::DotStep<kDot>(sums[a][c], code[c], act);
+          }
+        }
+      }
+    }
+    for (size_t i = 0; i < kActVectors * kCodeVectors; ++i) {
+      const auto before = hn::LoadU(d32, lanes[i]);
+      const auto& added = sums[i / kCodeVectors][i % kCodeVectors];
+      if constexpr (kPairs) {
+        hn::StoreU(simd_hwy::FoldPairs(before, added), d32, lanes[i]);
+      } else {
+        hn::StoreU(hn::Add(before, added), d32, lanes[i]);
+      }
     }
   }
-  for (size_t i = 0; i < kCodeVectors * kActVectors; ++i)
-    hn::StoreU(sums[i / kActVectors][i % kActVectors], d32, lanes[i]);
 #endif
   *total = 0;
   for (const auto& vector : lanes) {
@@ -104,10 +125,10 @@ void Multiply(simd::DotKind dot, const uint8_t* codes, size_t window, const int8
   });
 }
 
-void StepShape(size_t* code_bytes, size_t* act_bytes, size_t* multiplies) {
-  *code_bytes = kCodeVectors * simd_hwy::kDotBytes;
-  *act_bytes = kActVectors * simd_hwy::kDotBytes;
-  *multiplies = kCodeVectors * kActVectors * simd_hwy::kDotBytes;
+void RoundShape(size_t* vector_bytes, size_t* code_vectors, size_t* act_vectors) {
+  *vector_bytes = simd_hwy::kDotBytes;
+  *code_vectors = kCodeVectors;
+  *act_vectors = kActVectors;
 }
 
 }  // namespace tf::HWY_NAMESPACE
@@ -119,7 +140,7 @@ namespace {
 
 HWY_EXPORT(ReadWords);
 HWY_EXPORT(Multiply);
-HWY_EXPORT(StepShape);
+HWY_EXPORT(RoundShape);
 
 // Runs `work(worker)` on the team `passes` times. Returns the shortest time in seconds and the
 // number of workers.
@@ -171,15 +192,14 @@ double DotPeak(size_t rounds, size_t passes, const Team& team) {
         " and ", passes);
   constexpr size_t kWindow = 4;  // rounds until the same codes come again: 768 bytes at most
   rounds = RoundUp(rounds, kWindow);
-  size_t code_bytes = 0, act_bytes = 0, multiplies = 0;
-  HWY_DYNAMIC_DISPATCH(StepShape)(&code_bytes, &act_bytes, &multiplies);
-  AlignedArray<uint8_t> codes(kWindow * code_bytes);
-  AlignedArray<int8_t> acts(act_bytes);
+  size_t step = 0, code_vectors = 0, act_vectors = 0;  // step: bytes of a vector
+  HWY_DYNAMIC_DISPATCH(RoundShape)(&step, &code_vectors, &act_vectors);
+  AlignedArray<uint8_t> codes(kWindow * code_vectors * step);
+  AlignedArray<int8_t> acts(act_vectors * step);
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>((i + i / 7) % 3);
   for (size_t i = 0; i < acts.size(); ++i)
     acts[i] = static_cast<int8_t>(static_cast<int>(i * 37 % 251) - 125);
-  const size_t step = act_bytes / 4;  // bytes of one vector: there are four
-  uint32_t expected = 0;              // of one walk through the window
+  uint32_t expected = 0;  // of one walk through the window
   for (size_t i = 0; i < codes.size(); ++i) {
     for (size_t a = 0; a < acts.size(); a += step)
       expected += static_cast<uint32_t>(codes[i] * acts[a + i % step]);
@@ -194,7 +214,7 @@ double DotPeak(size_t rounds, size_t passes, const Team& team) {
   });
   CheckSum("products", static_cast<uint32_t>(expected * (rounds / kWindow) * passes * workers),
            sum);
-  return static_cast<double>(workers * rounds * multiplies) / seconds;
+  return static_cast<double>(workers * rounds * code_vectors * act_vectors * step) / seconds;
 }
 
 }  // namespace tf

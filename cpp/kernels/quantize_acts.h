@@ -28,10 +28,11 @@ constexpr size_t LanesPerToken(ActivationMode mode) {
 constexpr int kInt8MaxCode = 127;
 constexpr int kInt16MaxCode = 32639;
 
-// Codes lie interleaved in blocks of this many lanes, or fewer where there are few: 1, 2, 4 or 8.
-inline constexpr size_t kMaxLaneBlock = 8;
+// Codes lie interleaved in blocks of this many lanes, or fewer where there are few: 1, 2, 4, 8 or
+// 12.
+inline constexpr size_t kMaxLaneBlock = 12;
 constexpr size_t LaneBlock(size_t lanes) {
-  return lanes > 4 ? kMaxLaneBlock : lanes > 2 ? 4 : lanes;
+  return lanes > 8 ? kMaxLaneBlock : lanes > 4 ? 8 : lanes > 2 ? 4 : lanes;
 }
 
 // Columns of codes that exist behind `cols` activations at least: kernels read whole tiles.

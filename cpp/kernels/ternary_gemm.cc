@@ -25,8 +25,8 @@ namespace tf::HWY_NAMESPACE {
 // A block of steps (see unpack-inl.h) is unpacked once for all lanes; two panels of it take 16 KiB
 // of the cache.
 inline constexpr size_t kBlockSteps = 128;
-inline constexpr size_t kPanels = 2;      // unpacked together
-inline constexpr size_t kMaxLanes = 128;  // summed together
+inline constexpr size_t kPanels = 2;                     // unpacked together
+inline constexpr size_t kMaxLanes = 12 * kMaxLaneBlock;  // summed together
 inline constexpr size_t kSumRows = kPanels * kPanelRows;
 
 #if HWY_TARGET == HWY_SCALAR
@@ -93,7 +93,7 @@ HWY_INLINE void AddVectorDots(const uint8_t* HWY_RESTRICT codes, size_t next, si
         for (size_t lane = 0; lane < kLanes; ++lane) {
           const auto four = dot::BroadcastActs(acts + 4 * lane);
           for (size_t v = 0; v < kCount; ++v)
-            pairs[lane][v] = hn::Add(pairs[lane][v], dot::PairProducts(code[v], four));
+            pairs[lane][v] = dot::AddPairProducts(pairs[lane][v], code[v], four);
         }
       }
       for (size_t lane = 0; lane < kLanes; ++lane) {
@@ -106,26 +106,44 @@ HWY_INLINE void AddVectorDots(const uint8_t* HWY_RESTRICT codes, size_t next, si
   }
 }
 
+// As many lanes as leave registers for two vectors of codes and an activation: 16 registers hold
+// the sums of six lanes, 32 those of twelve.
+inline constexpr size_t kTileLanes = kVectors == 1 ? 12 : HWY_TARGET == HWY_AVX2 ? 6 : 4;
+
+// AddVectorDots for the first `lanes` <= kTileLanes lanes, or a few more, with no use.
+template <simd::DotKind kDot, size_t kCount, size_t kLanes = kTileLanes>
+HWY_INLINE void AddTileDots(const uint8_t* codes, size_t next, size_t steps, const int8_t* acts,
+                            size_t block, size_t lanes, int32_t* sums) {
+  constexpr size_t kLess = kLanes - kTileLanes / 3;
+  if constexpr (kTileLanes % 3 == 0 && kLess > 0) {
+    if (lanes <= kLess) {
+      return AddTileDots<kDot, kCount, kLess>(codes, next, steps, acts, block, lanes, sums);
+    }
+  }
+  AddVectorDots<kDot, kLanes, kCount>(codes, next, steps, acts, block, sums);
+}
+
 // Adds the dots of `steps` unpacked steps of one or two panels to sums[lane * kSumRows + panel * 16
-// + row] for `lanes` <= 8 lanes of one block (or more, up to a multiple of four, with no use).
+// + row] for `lanes` lanes of one block (or more, up to a multiple of four, with no use).
 template <simd::DotKind kDot>
 HWY_INLINE void AddDots(const uint8_t* codes, size_t steps, const int8_t* acts, size_t block,
                         size_t lanes, size_t panels, int32_t* sums) {
   constexpr size_t kRows = dot::kDotBytes / 4;
   constexpr size_t kPanelStride = kBlockSteps * kTileBytes;
-  if constexpr (kVectors == 1) {
-    if (panels == 2) {
-      return lanes > 4 ? AddVectorDots<kDot, 8, 2>(codes, kPanelStride, steps, acts, block, sums)
-                       : AddVectorDots<kDot, 4, 2>(codes, kPanelStride, steps, acts, block, sums);
-    }
-    return lanes > 4 ? AddVectorDots<kDot, 8, 1>(codes, 0, steps, acts, block, sums)
-                     : AddVectorDots<kDot, 4, 1>(codes, 0, steps, acts, block, sums);
-  } else {
-    for (size_t lane = 0; lane < lanes; lane += 4) {
+  for (size_t lane = 0; lane < lanes; lane += kTileLanes) {
+    const int8_t* lane_acts = acts + 4 * lane;
+    int32_t* lane_sums = sums + lane * kSumRows;
+    if constexpr (kVectors == 1) {
+      if (panels == 2) {
+        AddTileDots<kDot, 2>(codes, kPanelStride, steps, lane_acts, block, lanes - lane, lane_sums);
+      } else {
+        AddTileDots<kDot, 1>(codes, 0, steps, lane_acts, block, lanes - lane, lane_sums);
+      }
+    } else {
       for (size_t v = 0; v < panels * kVectors; v += 2) {
-        AddVectorDots<kDot, 4, 2>(
-            codes + v / kVectors * kPanelStride + v % kVectors * dot::kDotBytes, dot::kDotBytes,
-            steps, acts + 4 * lane, block, sums + lane * kSumRows + v * kRows);
+        AddTileDots<kDot, 2>(codes + v / kVectors * kPanelStride + v % kVectors * dot::kDotBytes,
+                             dot::kDotBytes, steps, lane_acts, block, lanes - lane,
+                             lane_sums + v * kRows);
       }
     }
   }

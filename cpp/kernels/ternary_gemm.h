@@ -10,7 +10,7 @@
 
 namespace tf {
 
-// TernaryGemv for any number of lanes, with the same bits. acts.block: 4 or 8.
+// TernaryGemv for any number of lanes, with the same bits. acts.block: 4, 8 or 12.
 void TernaryGemm(const PackedTensor& weight, const QuantizedActs& acts, size_t tokens,
                  size_t panel_begin, size_t panel_end, float* out, size_t out_stride);
 

@@ -77,6 +77,33 @@ HWY_INLINE DotPairs PairProducts(DotCodes codes, DotActs acts) {
 #endif
 }
 
+// pairs + PairProducts(codes, acts), modulo 2^16.
+HWY_INLINE DotPairs AddPairProducts(DotPairs pairs, DotCodes codes, DotActs acts) {
+  // Assembly, because g++ 12 copies sums from register to register, and some through memory, where
+  // they fill the registers.
+#if HWY_TARGET == HWY_AVX3
+  DotPairs products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+v"(pairs.raw), "=&v"(products.raw)
+      : "v"(codes.raw), "v"(acts.raw));
+  return pairs;
+#elif HWY_TARGET == HWY_AVX2
+  DotPairs products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(pairs.raw), "=&x"(products.raw)
+      : "x"(codes.raw), "x"(acts.raw));
+  return pairs;
+#elif HWY_TARGET == HWY_SSE4
+  DotPairs products;
+  asm("movdqa %2, %1\n\tpmaddubsw %3, %1\n\tpaddw %1, %0"
+      : "+x"(pairs.raw), "=&x"(products.raw)
+      : "x"(codes.raw), "x"(acts.raw));
+  return pairs;
+#else
+  return hn::Add(pairs, PairProducts(codes, acts));
+#endif
+}
+
 // sums[i] + pairs[2 i] + pairs[2 i + 1].
 HWY_INLINE DotSums FoldPairs(DotSums sums, DotPairs pairs) {
 #if HWY_TARGET == HWY_AVX3
