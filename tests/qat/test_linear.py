@@ -85,7 +85,7 @@ def test_half_precision_in_and_out() -> None:
 def test_the_operator_keeps_pytorchs_rules(scale: str) -> None:
     layer, _ = made(scale, bias=True)
     x = torch.randn(2, 150, requires_grad=True)
-    args = (x, layer.weight, layer.scale_bits, layer.bias, 24, 150, layer.group_size, True)
+    args = (x, layer.weight, layer.scale_bits, layer.bias, 24, 150, layer.group_size, 8)
     # The registration test compares with `dispatch`, where only Python's autograd key counts.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     torch.library.opcheck(torch.ops.ternaryforge.linear.default, args, test_utils=tests)
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused() -> None:
     layer, _ = made()
     with pytest.raises(ValueError, match=r"x is a float tensor \[..., 150\], got torch.float64"):
         layer(torch.randn(2, 150, dtype=torch.float64))
-    args = (layer.weight, layer.scale_bits, None, 24, 150, 0, True)
+    args = (layer.weight, layer.scale_bits, None, 24, 150, 0, 8)
     with pytest.raises(ValueError, match=r"x is a float tensor \[..., 150\]"):
         torch.ops.ternaryforge.linear(torch.randn(2, 140), *args)
     with pytest.raises(ValueError, match="weight is 1280 contiguous bytes"):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs transformers: callbacks for its Trainer, export of what it trained.
+"""What needs transformers: its Trainer's callbacks, export of what it trained, loading onto our kernels.
 
-    from ternaryforge.hf import LambdaWarmupCallback, export_bitnet
+    from ternaryforge.hf import LambdaWarmupCallback, accelerate_bitnet, export_bitnet
 
-Needs the extra `hf`.
+Needs the extra `hf`. Importing it makes `quant_method: ternaryforge` known to transformers and changes nothing else.
 """
 
+from ternaryforge.hf.acceleration import accelerate_bitnet, optimize
 from ternaryforge.hf.callbacks import (
     AnnealingCallback,
     LambdaWarmupCallback,
@@ -13,7 +14,9 @@ from ternaryforge.hf.callbacks import (
     TernaryMonitorCallback,
     WeightDecayAnnealCallback,
 )
+from ternaryforge.hf.config import TernaryForgeConfig
 from ternaryforge.hf.export import ExportReport, export_bitnet, export_dense
+from ternaryforge.hf.quantizer import register
 from ternaryforge.hf.trainer import DistillationTrainer
 
 __all__ = [
@@ -22,8 +25,13 @@ __all__ = [
     "ExportReport",
     "LambdaWarmupCallback",
     "ResidualCallback",
+    "TernaryForgeConfig",
     "TernaryMonitorCallback",
     "WeightDecayAnnealCallback",
+    "accelerate_bitnet",
     "export_bitnet",
     "export_dense",
+    "optimize",
 ]
+
+register()

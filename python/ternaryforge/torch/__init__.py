@@ -7,10 +7,12 @@ Needs the extra `torch`. What needs transformers as well is in `ternaryforge.hf`
 """
 
 from ternaryforge.torch.distillation import DistillationLoss, FeatureTap
-from ternaryforge.torch.linear import TernaryLinear, optimize_layers
+from ternaryforge.torch.head import QuantizedHead
+from ternaryforge.torch.linear import TernaryLinear
 from ternaryforge.torch.monitor import CodeMonitor
 from ternaryforge.torch.qat import QATConfig, QATLinear, prepare_qat, qat_layers
 from ternaryforge.torch.quantizers import QUANTIZERS, Codes, Quantizer
+from ternaryforge.torch.replacement import optimize_layers
 from ternaryforge.torch.schedules import (
     anneal_sharpness,
     clip_latents,
@@ -29,6 +31,7 @@ __all__ = [
     "FeatureTap",
     "QATConfig",
     "QATLinear",
+    "QuantizedHead",
     "Quantizer",
     "TernaryLinear",
     "anneal_sharpness",

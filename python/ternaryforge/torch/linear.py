@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TernaryLinear`: a packed linear layer on the compiled core, and how other layers become one."""
+"""`TernaryLinear`: a packed linear layer on the compiled core."""
 
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ternaryforge import _core
 from ternaryforge.quantization import Convention
 from ternaryforge.torch import ops
-from ternaryforge.torch.qat import QATLinear
-from ternaryforge.torch.quantizers import make_quantizer
-from ternaryforge.torch.scale_blocks import ScaleBlocks
 
 
 class TernaryLinear(nn.Linear):
     """A frozen ternary linear layer: codes in the run-time layout, a quarter of a byte each, one copy.
 
-    In a `state_dict` it has the names and bytes of a stock packed layer: `weight` uint8 [rows / 4, cols] and
+    In a `state_dict` it has the names and bytes of a stock packed layer: `weight` uint8 [ceil(rows / 4), cols] and
     `weight_scale` float32, divided by where `convention` is "divide" (transformers' `bitlinear`). Gradients reach
-    the input, so adapters train on top of it. Made by `from_packed`; rows must be a multiple of 4.
+    the input, so adapters train on top of it. Made by `from_packed` or `from_trits`. `activation_bits` is what the
+    model was made for: 8, 16 (two int8 products, within 1e-3 of float and faster), or None for float.
     """
 
     convention: Convention
     group_size: int
     activation_bits: int | None
     scale_bits: Tensor
+    divisor_bits: Tensor | None  # the scale as a "divide" checkpoint stores it, since reciprocals round
 
     def __init__(self) -> None:  # not nn.Linear's: it would allocate a dense weight
         nn.Module.__init__(self)
@@ -40,29 +40,39 @@ class TernaryLinear(nn.Linear):
         scales: Tensor,
         bias: Tensor | None = None,
         *,
+        rows: int | None = None,
         convention: Convention = "multiply",
         group_size: int = 0,
         activation_bits: int | None = 8,
     ) -> Self:
-        """A layer from stock bytes [rows / 4, cols] and scales [1], [rows] or [rows, groups] as stored.
+        """A layer from stock bytes [ceil(rows / 4), cols] and scales [1], [rows] or [rows, groups] as stored.
 
-        Raises FormatError where a code is 3, ValueError for scales that do not fit or are not usable.
+        `rows` need not be given where it is a multiple of 4. Raises FormatError where a code is 3, ValueError for
+        scales that do not fit or are not usable, and for other activation_bits than 8, 16 and None.
         """
+        if packed.dtype != torch.uint8 or packed.ndim != 2:
+            raise ValueError(
+                f"[linear] packed codes are uint8 [ceil(rows / 4), cols], got {packed.dtype} {list(packed.shape)}"
+            )
+        if activation_bits not in {8, 16, None}:
+            raise ValueError(f"[linear] activation_bits is 8, 16 or None, got {activation_bits!r}")
         layer = cls()
-        rows, cols = 4 * packed.shape[0], packed.shape[1]
+        rows, cols = 4 * packed.shape[0] if rows is None else rows, packed.shape[1]
         layer.in_features, layer.out_features = cols, rows
         layer.convention, layer.group_size = convention, group_size
         layer.activation_bits = activation_bits
         layer.weight = nn.Parameter(_to_tiles(packed, rows, cols), requires_grad=False)
         layer.register_buffer("scale_bits", _scale_bits(scales, convention, rows, cols, group_size), persistent=False)
+        divisors = None if convention == "multiply" else scales.detach().float().reshape(-1).view(torch.int32).clone()
+        layer.register_buffer("divisor_bits", divisors, persistent=False)
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         return layer
 
     @classmethod
     def from_trits(cls, trits: Tensor, scales: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """A layer from int8 trits [rows, cols]; the rest as of `from_packed`."""
-        packed = _core.formats.pack(np.ascontiguousarray(trits.detach().cpu().numpy().astype(np.int8)), "hf_packed")
-        return cls.from_packed(torch.from_numpy(packed).view(-1, trits.shape[1]), scales, bias, **options)
+        packed = _to_stock_bytes(trits.detach().cpu().numpy().astype(np.int8))
+        return cls.from_packed(packed, scales, bias, rows=trits.shape[0], **options)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 # nn.Linear's name
         """Input [..., cols] to [..., rows], in its dtype."""
@@ -73,7 +83,7 @@ class TernaryLinear(nn.Linear):
             self.bias,
             rows=self.out_features,
             group_size=self.group_size,
-            int8=self.activation_bits == 8,
+            activation_bits=self.activation_bits or 0,
         )
 
     def scales(self) -> Tensor:
@@ -94,18 +104,25 @@ class TernaryLinear(nn.Linear):
 
 
 def _to_tiles(packed: Tensor, rows: int, cols: int) -> Tensor:
-    if packed.dtype != torch.uint8 or packed.ndim != 2:
-        raise ValueError(f"[linear] packed codes are uint8 [rows / 4, cols], got {packed.dtype} {list(packed.shape)}")
+    if packed.shape[0] != -(-rows // 4):
+        raise ValueError(f"[linear] {rows} rows are packed in {-(-rows // 4)} rows of bytes, got {packed.shape[0]}")
+    data = packed.detach().cpu().contiguous().numpy().reshape(-1)
+    if rows % 4:
+        trits = _core.formats.unpack(data, "hf_packed", 4 * packed.shape[0], cols)[:rows]
+        return torch.from_numpy(_core.formats.pack(np.ascontiguousarray(trits), "t16"))
+    # Repacking keeps the scale, and nothing looks at it.
     stock = _core.formats.PackedTensor(
-        "hf_packed",
-        rows,
-        cols,
-        packed.detach().cpu().contiguous().numpy().reshape(-1),
-        scale_kind="tensor",
-        scales=np.ones(1, np.float32),  # repacking keeps it, and nothing looks at it
+        "hf_packed", rows, cols, data, scale_kind="tensor", scales=np.ones(1, np.float32)
     )
     tiles = _core.kernels.repack(stock, "t16", threads=torch.get_num_threads())
     return torch.from_numpy(tiles.data.copy())
+
+
+def _to_stock_bytes(trits: NDArray[np.int8]) -> Tensor:
+    """Uint8 [ceil(rows / 4), cols]; the trits behind the last row are 0."""
+    rows, cols = trits.shape
+    padded = np.pad(trits, ((0, -rows % 4), (0, 0)))
+    return torch.from_numpy(_core.formats.pack(np.ascontiguousarray(padded), "hf_packed")).view(-1, cols)
 
 
 def _scale_bits(scales: Tensor, convention: Convention, rows: int, cols: int, group_size: int) -> Tensor:
@@ -123,10 +140,12 @@ def _scale_bits(scales: Tensor, convention: Convention, rows: int, cols: int, gr
 
 def _write_stock(module: TernaryLinear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Replaces tiles by stock bytes and adds the scale."""
-    packed = _core.formats.pack(module.trits().numpy(), "hf_packed")
-    state[prefix + "weight"] = torch.from_numpy(packed).view(module.out_features // 4, module.in_features)
+    state[prefix + "weight"] = _to_stock_bytes(module.trits().numpy())
     scales = module.scales()
-    state[prefix + "weight_scale"] = 1 / scales if module.convention == "divide" else scales.clone()
+    if module.convention == "divide":
+        kept = module.divisor_bits
+        scales = 1 / scales if kept is None else kept.view(torch.float32)
+    state[prefix + "weight_scale"] = scales.clone()
 
 
 def _read_stock(module: TernaryLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -136,83 +155,8 @@ def _read_stock(module: TernaryLinear, state: dict[str, Any], prefix: str, *_: A
     if scales is None or packed is None:
         return
     rows, cols = module.out_features, module.in_features
-    if tuple(packed.shape) == (rows // 4, cols):
+    if tuple(packed.shape) == (-(-rows // 4), cols):
         state[prefix + "weight"] = _to_tiles(packed, rows, cols)
     module.scale_bits = _scale_bits(scales, module.convention, rows, cols, module.group_size)
-
-
-def optimize_layers(model: nn.Module) -> list[str]:
-    """Replaces every layer that is ternary by a `TernaryLinear`, one by one; returns their names.
-
-    Replaced are transformers' `BitLinear` and `AutoBitLinear`, packed or latent, and layers that `prepare_qat` made.
-    Everything else stays. Raises ValueError for a layer that would compute something else: a norm or a bias inside
-    the scale, a shift, four levels, training half way. Latents are lost; in a `state_dict` their layers look like
-    `bitlinear` where they have one scale and int8 inputs.
-    """
-    replaced = []
-    for name, module in list(model.named_modules()):
-        layer = _convert(name, module)
-        if layer is not None:
-            layer.train(module.training)
-            model.set_submodule(name, layer)
-            replaced.append(name)
-    return replaced
-
-
-def _convert(name: str, module: nn.Module) -> TernaryLinear | None:
-    """A layer of the same function, None for a module that is not ternary."""
-    if isinstance(module, TernaryLinear):
-        return None
-    kind = type(module).__name__
-    if isinstance(module, QATLinear):
-        return _from_qat(name, module)
-    if kind == "BitLinear":
-        return _from_stock(name, module)
-    if kind == "AutoBitLinear":
-        return _from_auto(name, module)
-    return None
-
-
-def _from_stock(name: str, module: Any) -> TernaryLinear:
-    """Of transformers' `BitLinear`, packed bytes and the reciprocal of the scale."""
-    _refuse_norm(name, module)
-    return TernaryLinear.from_packed(module.weight, module.weight_scale.reshape(1), module.bias, convention="divide")
-
-
-def _from_auto(name: str, module: Any) -> TernaryLinear:
-    """Of transformers' `AutoBitLinear`: trits as floats with a scale, or latents."""
-    _refuse_norm(name, module)
-    weight = module.weight.detach().float()
-    if module.online_quant:
-        blocks = ScaleBlocks(module.out_features, module.in_features)
-        codes = make_quantizer("absmean", blocks).encode(blocks.split(weight))
-        layer = TernaryLinear.from_trits(blocks.join(codes.codes), codes.scale.reshape(1), module.bias)
-        layer.convention = "divide"
-        return layer
-    if module.bias is not None:
-        raise ValueError(f"[optimize] '{name}': transformers multiplies this bias by the scale, which is not supported")
-    return TernaryLinear.from_trits(weight, module.weight_scale.float().reshape(1))
-
-
-def _from_qat(name: str, module: QATLinear) -> TernaryLinear:
-    quantizer = module.quantizer
-    if module.strength is not None or module.residual is not None or module.sub_norm is not None:
-        raise ValueError(f"[optimize] '{name}' is blended, has a residual or a norm of its own: end training first")
-    codes = quantizer.encode(quantizer.blocks.split(module.weight.detach().float()))
-    if quantizer.alphabet == "four" or codes.shift is not None:
-        raise ValueError(f"[optimize] '{name}': the quantizer {module.qat.quantizer!r} is not ternary without a shift")
-    layer = TernaryLinear.from_trits(
-        quantizer.blocks.join(codes.codes),
-        codes.scale.reshape(quantizer.blocks.scale_shape),
-        module.quantized_bias(),
-        group_size=module.qat.group_size if module.qat.scale == "group" else 0,
-        activation_bits=module.qat.activation_bits,
-    )
-    if module.qat.is_stock:
-        layer.convention = "divide"
-    return layer
-
-
-def _refuse_norm(name: str, module: Any) -> None:
-    if getattr(module, "rms_norm", None) is not None:
-        raise ValueError(f"[optimize] '{name}' has a norm of its own on its input (use_rms_norm): not supported")
+    if module.convention == "divide":
+        module.divisor_bits = scales.detach().float().reshape(-1).view(torch.int32).clone()

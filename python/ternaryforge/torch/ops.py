@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom operators `torch.ops.ternaryforge.*` on the compiled core, which does not link PyTorch.
 
-`linear` knows fake tensors, autograd for its input, autocast, and compiles into whole graphs. Scales travel as the bits
-of float32 in int32, so that neither autocast nor `model.to(dtype)` rounds them.
+`linear` and `head` know fake tensors, autograd for their input, autocast, and compile into whole graphs. Scales
+travel as the bits of float32 in int32, so that neither autocast nor `model.to(dtype)` rounds them.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from torch import Tensor
 from ternaryforge import _core
 
 _NAMESPACE = "ternaryforge"
+_ACTIVATIONS: dict[int, Literal["float", "int8", "int16"]] = {0: "float", 8: "int8", 16: "int16"}
 _WEIGHT = "Tensor weight, Tensor scale_bits, int rows, int cols, int group_size"
 
-# The library must live as long as its operators do.
-_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+# The library must live as long as its operators do, and both survive a reload of this file.
+_library: torch.library.Library = globals().get("_library") or torch.library.Library(_NAMESPACE, "FRAGMENT")
+heads: dict[int, _core.kernels.QuantizedHead] = globals().get("heads", {})
+"""Quantized heads by the number that stands for them in a graph; a graph is of one process."""
 
 
 def linear(
@@ -27,7 +30,7 @@ def linear(
     *,
     rows: int,
     group_size: int = 0,
-    int8: bool = True,
+    activation_bits: int = 8,
 ) -> Tensor:
     """Input [..., cols] times the transposed weight, plus bias: [..., rows] in the dtype of x.
 
@@ -38,9 +41,10 @@ def linear(
         bias: [rows] or None.
         rows: Outputs; `weight` is padded, so it does not tell.
         group_size: Columns that share a scale, 0 unless scales belong to groups.
-        int8: Whether inputs are rounded to int8, one scale a token; its gradient passes unchanged.
+        activation_bits: 8 or 16 rounds inputs to integers, one scale a token, 0 leaves them; the gradient of
+            the rounding is 1.
     """
-    return torch.ops.ternaryforge.linear(x, weight, scale_bits, bias, rows, x.shape[-1], group_size, int8)
+    return torch.ops.ternaryforge.linear(x, weight, scale_bits, bias, rows, x.shape[-1], group_size, activation_bits)
 
 
 def _linear_cpu(
@@ -51,7 +55,7 @@ def _linear_cpu(
     rows: int,
     cols: int,
     group_size: int,
-    int8: bool,
+    activation_bits: int,
 ) -> Tensor:
     _check(x, weight, scale_bits, rows, cols, group_size)
     flat = x.reshape(-1, cols).to(torch.float32).contiguous()
@@ -67,7 +71,7 @@ def _linear_cpu(
         scale_bits.numel(),
         group_size,
         out.data_ptr(),
-        "int8" if int8 else "float",
+        _ACTIVATIONS[activation_bits],
         torch.get_num_threads(),
     )
     if bias is not None:
@@ -113,7 +117,7 @@ def _fake_linear(
     rows: int,
     cols: int,
     group_size: int,
-    int8: bool,
+    activation_bits: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
@@ -141,13 +145,33 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, grad_bias, None, None, None, None
 
 
+def _head_cpu(x: Tensor, weight: Tensor, number: int) -> Tensor:
+    flat = x.reshape(-1, weight.shape[1]).to(torch.float32).contiguous()
+    logits = heads[number].multiply(flat.detach().numpy(), threads=torch.get_num_threads())
+    return torch.from_numpy(logits).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_head(x: Tensor, weight: Tensor, number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _head_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the input of the exact head; its weight gets none."""
+    (weight,) = ctx.saved_tensors
+    return (grad.to(weight.dtype) @ weight).to(grad.dtype), None, None
+
+
 def _register() -> None:
     """Defines the operators, once in a process: a second import of this file finds them."""
     if hasattr(torch.ops.ternaryforge, "linear"):
         return
     _library.define(
         "linear(Tensor x, Tensor weight, Tensor scale_bits, Tensor? bias, int rows, int cols, int group_size, "
-        "bool int8) -> Tensor"
+        "int activation_bits) -> Tensor"
     )
     _library.define(f"linear_input_gradient(Tensor grad, {_WEIGHT}) -> Tensor")
     _library.impl("linear", _linear_cpu, "CPU")
@@ -157,6 +181,12 @@ def _register() -> None:
     torch.library.register_fake(gradient_name, _fake_input_gradient, lib=_library)
     torch.library.register_autograd(linear_name, _backward, setup_context=_keep, lib=_library)
     torch.library.register_autocast(linear_name, "cpu", torch.bfloat16, lib=_library)
+    head_name = f"{_NAMESPACE}::head"
+    _library.define("head(Tensor x, Tensor weight, int number) -> Tensor")
+    _library.impl("head", _head_cpu, "CPU")
+    torch.library.register_fake(head_name, _fake_head, lib=_library)
+    torch.library.register_autograd(head_name, _head_backward, setup_context=_keep_head, lib=_library)
+    torch.library.register_autocast(head_name, "cpu", torch.bfloat16, lib=_library)
 
 
 _register()

@@ -190,6 +190,15 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QATLinear))
 
 
+def linear_names(model: nn.Module, skip: list[str]) -> list[str]:
+    """The linear layers of a model but those that are, or end with, a name in `skip`."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == kept or name.endswith(f".{kept}") for kept in skip)
+    ]
+
+
 def prepare_qat(model: _Model, config: QATConfig | None = None) -> _Model:
     """Makes the linear layers of `model` train as `config` says, in place; returns the model.
 
