@@ -24,6 +24,8 @@ from ternaryforge._core import FormatError
 from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, calibrate_block
 from ternaryforge.calibration_linear import METHODS, Float32, LinearOptions, Method, QuantizedLinear
 from ternaryforge.calibration_text import WINDOW, CalibrationText, check_apart, draw_text, read_text
+from ternaryforge.calibration_tuning import WINDOW as TUNING_WINDOW
+from ternaryforge.calibration_tuning import Tuning, check_packages
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
 from ternaryforge.evaluation import evaluate
@@ -64,6 +66,7 @@ class CalibrationReport(Report):
 
     The perplexities (protocol documents, on what `measured_on` says) are those of the source, of
     rounding it by least squares, and of the result. `resumed_layers` were done by an earlier run.
+    `perplexity_untuned` is that before `tune_tokens` tokens of tuning, None without.
     """
 
     source: str
@@ -79,6 +82,8 @@ class CalibrationReport(Report):
     perplexity_source: float
     perplexity_before: float
     perplexity_after: float
+    perplexity_untuned: float | None
+    tune_tokens: int
     tensors: int
     ternary_params: int
     bits_per_weight: float
@@ -103,6 +108,7 @@ def calibrate(
     propagation: float = 0.5,
     residual: float = 0.75,
     descent_rounds: int = 4,
+    tune_tokens: int = 0,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -125,14 +131,18 @@ def calibrate(
         residual: Under `best`, the share of the error in the residual stream that the layers which
             add to it take away: 0 to 1.
         descent_rounds: Under `best`, how often all scales, then all trits, are chosen again.
-        seed: Of the draw.
+        tune_tokens: Then train scales and norms, trits fixed, on so many tokens of `data` to give what the
+            source gives; 0 does not. Needs PyTorch and transformers.
+        seed: Of the draws.
         threads: Default: the physical cores at hand.
-        progress: Called with the linear layers done, their number, and the name of the last.
+        progress: Called with the linear layers done, their number, and the name of the last; then with the
+            tokens of tuning.
 
     The layers that are done lie in a hidden folder beside `out`; after Ctrl-C, the same call goes on
-    behind them. Raises ValueError for wrong options, too little text, an evaluation text that is or
-    shares documents with `data`, activations that are not finite; FormatError for a source that is
-    malformed, not supported or ternary already; FileExistsError and other OSError.
+    behind them. Raises ImportError where tuning lacks its packages; ValueError for wrong options, too
+    little text, an evaluation text that is or shares documents with `data`, activations that are not
+    finite; FormatError for a source that is malformed, not supported or ternary already;
+    FileExistsError and other OSError.
     """
     started = time.perf_counter()
     threads = _core.parallel.default_threads() if threads is None else threads
@@ -141,6 +151,10 @@ def calibrate(
     targets.check()
     if descent_rounds < 0:
         raise ValueError(f"[calibrate] descent_rounds is not negative, got {descent_rounds}")
+    if tune_tokens < 0:
+        raise ValueError(f"[calibrate] tune_tokens is not negative, got {tune_tokens}")
+    if tune_tokens:
+        check_packages()
     source, out = Path(source), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"[calibrate] '{out}': there is something already; remove it or name another folder")
@@ -152,10 +166,13 @@ def calibrate(
         if measured is not None:
             check_apart(text, measured)
         drawn = run.draw(text, tokens, seed)
-        kept = _Kept(out, run.key(drawn, tokens, seed))
+        kept = _Kept(out, run.key(drawn, tokens, seed) | ({"tune_tokens": tune_tokens} if tune_tokens else {}))
         before = run.measure(measured or drawn.held_out)
         resumed = run.quantize(drawn, kept, progress)
-        after = run.perplexity(run.quantized, measured or drawn.held_out)
+        after, untuned = run.perplexity(run.quantized, measured or drawn.held_out), None
+        if tune_tokens:
+            run.tune(text, kept, tune_tokens, seed, progress)
+            after, untuned = run.perplexity(run.quantized, measured or drawn.held_out), after
         file_bytes = run.write(out, kept)
         kept.discard()
     weights = sum(layer.rows * layer.cols for layer in run.layers)
@@ -174,6 +191,8 @@ def calibrate(
         perplexity_source=before[0],
         perplexity_before=before[1],
         perplexity_after=after,
+        perplexity_untuned=untuned,
+        tune_tokens=tune_tokens,
         tensors=len(run.layers),
         ternary_params=weights,
         bits_per_weight=8 * run.ternary_bytes / weights,
@@ -195,7 +214,7 @@ def _check(method: str, scale: str, group_size: int, threads: int, tokens: int) 
 
 
 class _Kept:
-    """The layers that are done, one file each, in a hidden folder beside the result."""
+    """The layers that are done, one file each, and what tuning has reached, in a hidden folder beside the result."""
 
     def __init__(self, out: Path, key: dict[str, Any]) -> None:
         self.folder = out.absolute().with_name(f".{out.name}.calibration")
@@ -208,8 +227,8 @@ class _Kept:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._replace(file, json.dumps(key).encode())
 
-    def save(self, layer: int, arrays: dict[str, NDArray[Any]]) -> None:
-        """Keeps the arrays of a layer; all or nothing."""
+    def save(self, layer: int | str, arrays: dict[str, NDArray[Any]]) -> None:
+        """Keeps the arrays of a layer, or under a name; all or nothing."""
         partial = self.folder / "layer.partial"
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -217,8 +236,8 @@ class _Kept:
             os.fsync(file.fileno())
         partial.replace(self._file(layer))
 
-    def load(self, layer: int) -> dict[str, NDArray[Any]] | None:
-        """The arrays of a layer, None where it is not done."""
+    def load(self, layer: int | str) -> dict[str, NDArray[Any]] | None:
+        """The arrays of a layer, or of a name; None where it is not done."""
         if not self._file(layer).is_file():
             return None
         with np.load(self._file(layer)) as arrays:
@@ -228,8 +247,8 @@ class _Kept:
         """Removes all; the result holds it now."""
         shutil.rmtree(self.folder)
 
-    def _file(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:05d}.npz"
+    def _file(self, layer: int | str) -> Path:
+        return self.folder / (f"layer-{layer:05d}.npz" if isinstance(layer, int) else f"{layer}.npz")
 
     def _replace(self, file: Path, data: bytes) -> None:
         partial = self.folder / "key.partial"
@@ -262,6 +281,8 @@ class _Run:
         self._reference = self._load("float")
         self.quantized = self._load(self.activations)
         self.layers: list[CalibratedLayer] = []
+        self._tuned: dict[str, NDArray[Any]] = {}
+        self._gains: dict[str, Float32] = {}
         self.ternary_bytes = 0
         self._refuse_ternary()
 
@@ -361,6 +382,31 @@ class _Run:
             walk.advance()
         return resumed
 
+    def tune(self, text: str, kept: _Kept, tokens: int, seed: int, progress: Progress | None) -> None:
+        """Trains scales and norms; what was reached is kept, and the quantised model is made of it."""
+        spec = self._architecture.spec
+        layers = [kept.load(layer) or {} for layer in range(len(spec.layers))]
+        tuning = Tuning(self._checkpoint.path, self._architecture, self._options, tokens, seed)
+        tuned = kept.load("tuned")
+        if tuned is None:
+            window = min(TUNING_WINDOW, spec.context_length)
+            drawn = draw_text(text, self._tokenizer, tokens=tokens, least=1, window=window, seed=seed)
+            arrays = {name: array for layer in layers for name, array in layer.items()}
+            state = kept.load("tuning")
+            tuned = tuning.run(arrays, drawn.sequences, state, lambda state: kept.save("tuning", state), progress)
+            kept.save("tuned", tuned)
+        self._tuned = tuned
+        self._gains = {name: tuned[slot + ".gains"] for slot, name in tuning.norms.items()}
+        weights = load_weights(self._checkpoint, self._architecture)
+        for slot, name in tuning.norms.items():
+            weights[slot] = _core.formats.PackedTensor("f32", 1, self._gains[name].size, self._gains[name])
+        self.quantized = _core.model.Transformer(
+            spec, weights, activations=self.activations, threads=self._options.threads
+        )
+        for layer in layers:
+            for slot in _slots(layer):
+                self.quantized.replace_linear(slot, self._packed(layer[slot + ".codes"], tuned[slot + ".scales"]))
+
     def _note(self, arrays: dict[str, NDArray[Any]]) -> None:
         for slot in _slots(arrays):
             before, after, zeros, dead = arrays[slot + ".facts"]
@@ -399,18 +445,21 @@ class _Run:
         checkpoint = self._checkpoint
         infos = (checkpoint.info(name) for name in checkpoint)
         plan = self._rounding.rounded_tensors(
-            (TensorPlan(info.name, info.dtype, info.shape) for info in infos), self._shapes
+            (TensorPlan(info.name, "F32" if info.name in self._gains else info.dtype, info.shape) for info in infos),
+            self._shapes,
         )
         with CheckpointWriter(out, plan) as writer:
             for name in checkpoint:
-                if name not in self._shapes:
+                if name in self._gains:
+                    writer.write(name, self._gains[name])
+                elif name not in self._shapes:
                     writer.write(name, checkpoint.raw(name))
             for layer in range(len(self._architecture.spec.layers)):
                 arrays = kept.load(layer) or {}
                 for slot in _slots(arrays):
                     name = self._architecture.tensor_names[slot]
                     writer.write(name, arrays[slot + ".codes"])
-                    writer.write(scale_name(name), arrays[slot + ".scales"])
+                    writer.write(scale_name(name), self._tuned.get(slot + ".scales", arrays[slot + ".scales"]))
             writer.write_json("config.json", {**checkpoint.config, "quantization_config": self._fields()})
             for pattern in COMPANION_FILES:
                 for file in sorted(checkpoint.path.glob(pattern)):

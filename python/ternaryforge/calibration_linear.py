@@ -145,21 +145,21 @@ def _quantize_tensor(
     flat, repeated = target.reshape(1, -1), np.tile(importance, len(target))
     rule: Literal["grid", "fit"] = "grid" if options.method == "grid" else "fit"
     first = float(_core.quant.round_with_feedback(flat, None, repeated, rule=rule, scale="row")[1][0])
-    scales = _storable(first)
+    scales = storable_scale(first)
     trits, _ = _round(target, factor, importance, options, float(scales[0]))
     for _ in range(_TENSOR_ROUNDS if factor is not None else 0):
         images = trits @ moments
         curvature = float((images * trits).sum())
         if curvature <= 0:
             break
-        scales = _storable(abs(float((images * target).sum())) / curvature)
+        scales = storable_scale(abs(float((images * target).sum())) / curvature)
         trits, _ = _round(target, factor, importance, options, float(scales[0]))
         if options.method == "best":
             _descend(target, moments, trits, scales, options)
     return trits, scales
 
 
-def _storable(scale: float) -> Float32:
+def storable_scale(scale: float) -> Float32:
     """The nearest scale that a stock checkpoint, which stores 1 / scale, gives back exactly."""
     one = np.array([[scale]], np.float32)
     return _core.quant.quantize_weights(one, scheme="absmax", scale="tensor")[1]

@@ -39,6 +39,9 @@ def command(
     evaluation: Annotated[
         Path | None, typer.Option(help="Text to measure on; default: documents of the text that are not drawn.")
     ] = None,
+    tune_tokens: Annotated[
+        int, typer.Option(min=0, help="Then train scales and norms on so many tokens; needs PyTorch and transformers.")
+    ] = 0,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -54,6 +57,7 @@ def command(
         group_size=group_size,
         tokens=tokens,
         evaluation=evaluation,
+        tune_tokens=tune_tokens,
         threads=threads,
         seed=seed,
     )
@@ -78,7 +82,8 @@ def run(source: Path, out: Path, data: Path, *, json: bool, **options: Any) -> N
             "calibrated on": f"{report.calibration_tokens:,} tokens",
             "measured on": report.measured_on,
             "perplexity": f"{report.perplexity_after:.3f} (source {report.perplexity_source:.3f}, rounded "
-            f"{report.perplexity_before:.3f})",
+            f"{report.perplexity_before:.3f}"
+            + (")" if report.perplexity_untuned is None else f", before tuning {report.perplexity_untuned:.3f})"),
             "seconds": f"{report.seconds:.1f}",
         }
         | ({"warning": " ".join(report.warnings)} if report.warnings else {})

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning by distillation: codes stay, scales and norms are trained to give what a full-precision teacher gives.
+
+    linears = {name: TunedLinear(codes, scales, blocks) for ...}
+    install(model, linears)
+    tune(model, teacher, [*scale_groups(linears), ...], sequences, TuningOptions(tokens=800_000))
+
+The end-to-end stage of EfficientQAT (arXiv:2407.11062), with the divergence from a teacher as its loss. It needs
+nothing but linear layers that have names and a model that gives `.logits`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ternaryforge.quantization import ScaleKind
+from ternaryforge.torch.distillation import IGNORED, DistillationLoss
+from ternaryforge.torch.qat import quantize_activations
+from ternaryforge.torch.scale_blocks import ScaleBlocks
+
+_BATCHES_AT_ONCE = 16  # among so many batches, sequences of like length come together
+_KEPT_STEPS = 50
+_EPSILON = 1e-10  # of Adam: gradients of single scales are small
+
+Float32 = NDArray[np.float32]
+State = dict[str, NDArray[Any]]
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOptions:
+    """How scales and norms are trained.
+
+    `scale_rate` and `norm_rate` are learning rates of Adam for the relative change of a scale and for the
+    gain of a norm; both rise over the share `warmup` of the tokens and fall to 0 by half a cosine. A step
+    takes `batch` sequences.
+    """
+
+    tokens: int
+    scale_rate: float = 3e-2
+    norm_rate: float = 3e-2
+    warmup: float = 0.05
+    batch: int = 4
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.batch < 1 or not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"[tune] tokens and batch are positive and warmup lies in 0 to 1, got {self.tokens}, {self.batch} and "
+                f"{self.warmup}"
+            )
+        if min(self.scale_rate, self.norm_rate) < 0:
+            raise ValueError(f"[tune] rates are not negative, got {self.scale_rate} and {self.norm_rate}")
+
+    def share(self, done: float) -> float:
+        """Of the learning rates, when the share `done` of all tokens was seen."""
+        if done < self.warmup:
+            return done / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - self.warmup) / (1 - self.warmup))))
+
+
+class TunedLinear(nn.Module):
+    """A linear layer of fixed codes [rows, cols]; `change` is what training adds to each scale, relative to it."""
+
+    codes: Tensor
+    start: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        blocks: ScaleBlocks,
+        *,
+        bias: Tensor | None = None,
+        activation_bits: int | None = None,
+    ) -> None:
+        super().__init__()
+        if codes.shape != (blocks.rows, blocks.cols) or scales.numel() != blocks.count:
+            raise ValueError(
+                f"[tune] codes are {[blocks.rows, blocks.cols]} with {blocks.count} scales, got {list(codes.shape)} "
+                f"with {scales.numel()}"
+            )
+        self.blocks = blocks
+        self.activation_bits = activation_bits
+        self.register_buffer("codes", blocks.split(codes), persistent=False)
+        self.register_buffer("start", scales.float().reshape(-1, 1), persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(self.start))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def scales(self) -> Tensor:
+        """The scales as they are now, [1], [rows] or [rows, groups]."""
+        return (self.start * (1 + self.change)).reshape(self.blocks.scale_shape)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 # nn.Linear's name
+        """Input [..., cols] to [..., rows]."""
+        if self.activation_bits == 8:
+            input = quantize_activations(input)  # noqa: A001 # as above
+        weight = self.blocks.join(self.codes * (self.start * (1 + self.change)))
+        return F.linear(input, weight, self.bias)
+
+
+def install(model: nn.Module, linears: Mapping[str, TunedLinear], norms: Sequence[str]) -> list[nn.Parameter]:
+    """Puts `linears` into `model` by name and freezes all but their scales and `norms`, which it returns.
+
+    A linear layer keeps its bias. Raises ValueError where the model has no such layer or parameter.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    if missing := [*(linears.keys() - modules.keys()), *(set(norms) - parameters.keys())]:
+        raise ValueError(f"[tune] the model has no '{min(missing)}'")
+    model.requires_grad_(requires_grad=False)
+    for name, linear in linears.items():
+        linear.bias = cast("nn.Parameter | None", modules[name].bias)
+        model.set_submodule(name, linear)
+    gains = [parameters[name] for name in norms]
+    for gain in gains:
+        gain.requires_grad = True
+    return gains
+
+
+def tune(
+    student: nn.Module,
+    teacher: nn.Module,
+    sequences: Sequence[NDArray[np.int32]],
+    options: TuningOptions,
+    *,
+    norms: Sequence[nn.Parameter] = (),
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Trains the scales of all `TunedLinear` in `student`, and `norms`; returns the mean divergence of the last tenth.
+
+    Both models take ids [batch, tokens] and give `.logits`; the loss is the mean KL(teacher || student) of the next
+    token. `sequences` are gone through in a random order, again and again, until `options.tokens` were seen.
+
+    `keep` gets now and then all that a later call needs as `state` to go on from there; the result is then the same.
+    `progress` gets the tokens seen, their number, and the loss.
+    """
+    scales = [module.change for module in student.modules() if isinstance(module, TunedLinear)]
+    rates = ((scales, options.scale_rate), (list(norms), options.norm_rate))
+    groups: list[dict[str, Any]] = [{"params": params, "lr": rate} for params, rate in rates if params]
+    optimizer = torch.optim.Adam(groups, betas=options.betas, eps=_EPSILON)
+    first = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    done = 0 if state is None else _restore(state, optimizer, parameters)
+    loss_of, losses = DistillationLoss(kl=1.0), [] if state is None else list(state["losses"])
+    seen = 0
+    for step, (ids, labels, tokens) in enumerate(_batches(sequences, options)):
+        seen += tokens
+        if step < done:
+            continue
+        share = options.share(min(1.0, seen / options.tokens))
+        for group, rate in zip(optimizer.param_groups, first, strict=True):
+            group["lr"] = rate * share
+        with torch.no_grad():
+            wanted = teacher(ids)
+        terms = loss_of(student(ids), wanted, labels=labels)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        losses.append(float(terms.total.detach()))
+        if keep is not None and (step + 1) % _KEPT_STEPS == 0:
+            keep(_state(optimizer, parameters, losses))
+        if progress is not None:
+            progress(min(seen, options.tokens), options.tokens, losses[-1])
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise ValueError("[tune] training has led to NaN or infinity: lower the learning rates")
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+@dataclass(frozen=True, slots=True)
+class TunedValues:
+    """Scales by the name of their layer, [1], [rows] or [rows, groups], and norms by that of their parameter."""
+
+    scales: Mapping[str, Float32]
+    norms: Mapping[str, Float32]
+    divergence: float
+
+
+def tune_model(
+    teacher: nn.Module,
+    layers: Mapping[str, tuple[NDArray[np.int8], Float32]],
+    norms: Sequence[str],
+    sequences: Sequence[NDArray[np.int32]],
+    options: TuningOptions,
+    *,
+    scale: ScaleKind,
+    group_size: int,
+    activation_bits: int | None,
+    threads: int,
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
+    progress: Progress | None = None,
+) -> TunedValues:
+    """Trains the scales of `layers`, which are codes and scales by module, and `norms` against a frozen `teacher`.
+
+    The rest as of `tune`, which trains a copy of the teacher. Only norms and codes take memory of their own: all
+    else is the teacher's. Raises ValueError where the teacher has no such module.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        shared = {id(value): value for name, value in teacher.named_parameters() if name not in norms}
+        student = copy.deepcopy(teacher, shared)
+        linears = {
+            name: TunedLinear(
+                torch.from_numpy(codes),
+                torch.from_numpy(scales),
+                ScaleBlocks(codes.shape[0], codes.shape[1], scale, group_size),
+                activation_bits=activation_bits,
+            )
+            for name, (codes, scales) in layers.items()
+        }
+        gains = install(student, linears, norms)
+        divergence = tune(student, teacher, sequences, options, norms=gains, state=state, keep=keep, progress=progress)
+    finally:
+        torch.set_num_threads(before)
+    return TunedValues(
+        scales={name: linear.scales().detach().numpy() for name, linear in linears.items()},
+        norms={name: gain.detach().numpy() for name, gain in zip(norms, gains, strict=True)},
+        divergence=divergence,
+    )
+
+
+def _batches(sequences: Sequence[NDArray[np.int32]], options: TuningOptions) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Ids and labels [batch, longest], and the number of tokens, until enough were given."""
+    usable = [ids for ids in sequences if len(ids) > 1]
+    if not usable:
+        raise ValueError("[tune] there must be sequences of at least 2 tokens, got none")
+    random = np.random.default_rng(options.seed)
+    given = 0
+    while True:
+        order = random.permutation(len(usable))
+        for begin in range(0, len(order), options.batch * _BATCHES_AT_ONCE):
+            part = sorted(order[begin : begin + options.batch * _BATCHES_AT_ONCE], key=lambda i: len(usable[i]))
+            batches = [part[i : i + options.batch] for i in range(0, len(part), options.batch)]
+            for i in random.permutation(len(batches)):
+                chosen = [usable[j] for j in batches[i]]
+                tokens = sum(map(len, chosen))
+                given += tokens
+                yield (*_pad(chosen), tokens)
+                if given >= options.tokens:
+                    return
+
+
+def _pad(sequences: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = labels[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return ids, labels
+
+
+def _state(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], losses: Sequence[float]) -> State:
+    state: State = {"losses": np.array(losses)}
+    for i, parameter in enumerate(parameters):
+        moments = optimizer.state[parameter]
+        state[f"{i}.value"] = parameter.detach().numpy().copy()
+        state[f"{i}.mean"], state[f"{i}.square"] = (moments[key].numpy().copy() for key in ("exp_avg", "exp_avg_sq"))
+    return state
+
+
+@torch.no_grad()
+def _restore(state: State, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> int:
+    """Puts back what `_state` kept; returns the number of steps that are done."""
+    done = len(state["losses"])
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(torch.from_numpy(state[f"{i}.value"]))
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(done)),
+            "exp_avg": torch.from_numpy(state[f"{i}.mean"].copy()),
+            "exp_avg_sq": torch.from_numpy(state[f"{i}.square"].copy()),
+        }
+    return done
