@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ternaryforge import simd
     from ternaryforge._core import FormatError
+    from ternaryforge.analysis import AnalysisReport, analyze
+    from ternaryforge.bit_map_search import SearchResult, search
     from ternaryforge.calibration import CalibrationReport, calibrate
     from ternaryforge.chat_template import ChatTemplate, ChatTemplateError
     from ternaryforge.conversion import ConversionReport, convert
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AnalysisReport",
     "CalibrationReport",
     "ChatTemplate",
     "ChatTemplateError",
@@ -43,10 +46,12 @@ __all__ = [
     "OnebitReport",
     "Piece",
     "PlanReport",
+    "SearchResult",
     "TernaryModel",
     "ValidationReport",
     "VerificationReport",
     "__version__",
+    "analyze",
     "calibrate",
     "convert",
     "export",
@@ -55,6 +60,7 @@ __all__ = [
     "pack",
     "plan",
     "quantize_weights",
+    "search",
     "simd",
     "unpack",
     "validate",
@@ -67,6 +73,7 @@ MISSING_CORE = (
 )
 
 _MODULE_OF = {
+    "AnalysisReport": "analysis",
     "CalibrationReport": "calibration",
     "ChatTemplate": "chat_template",
     "ChatTemplateError": "chat_template",
@@ -79,9 +86,11 @@ _MODULE_OF = {
     "OnebitReport": "exporting",
     "Piece": "generation",
     "PlanReport": "planning",
+    "SearchResult": "bit_map_search",
     "TernaryModel": "model",
     "ValidationReport": "validation",
     "VerificationReport": "verification",
+    "analyze": "analysis",
     "calibrate": "calibration",
     "convert": "conversion",
     "export": "exporting",
@@ -90,6 +99,7 @@ _MODULE_OF = {
     "pack": "formats",
     "plan": "planning",
     "quantize_weights": "formats",
+    "search": "bit_map_search",
     "simd": "simd",
     "unpack": "formats",
     "validate": "validation",

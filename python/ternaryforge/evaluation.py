@@ -2,7 +2,7 @@
 """Perplexity by three named protocols, so that a figure says how it was measured."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +38,7 @@ class EvaluationResult(Report):
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
+class Window:
     """Tokens to run at once, the first of them that is scored, and the bytes this adds."""
 
     ids: list[int]
@@ -78,7 +78,7 @@ def evaluate(
         raise ValueError(f"[evaluate] window must be at least 4 tokens, got {size}")
     size = min(size, transformer.spec.context_length)
     if protocol == "documents":
-        windows = list(_document_windows(tokenizer, text, size, max_documents))
+        windows = list(_document_windows(tokenizer, split_documents(text)[:max_documents], size))
     else:
         windows = list(_chunk_windows(tokenizer, text, size, llama_cpp=protocol == "llama.cpp"))
     tokens = sum(len(part.ids) - part.first for part in windows)
@@ -88,18 +88,12 @@ def evaluate(
             "[evaluate] the text has nothing to score"
             + ("" if protocol == "documents" else f": it is shorter than one window of {size} tokens")
         )
-    nats = 0.0
-    for done, part in enumerate(windows, start=1):
-        scores = _core.runtime.score(transformer, np.asarray(part.ids, np.int32))
-        nats -= float(scores[part.first - 1 :].sum(dtype=np.float64))
-        if progress is not None:
-            progress(done, len(windows))
-    nll = nats / tokens
+    nll = score_windows(transformer, windows, progress=progress)
     return EvaluationResult(
         protocol=protocol,
         nll=nll,
         perplexity=math.exp(nll) if nll < 700 else math.inf,
-        bits_per_byte=nats / (math.log(2) * size_in_bytes) if size_in_bytes else math.inf,
+        bits_per_byte=nll * tokens / (math.log(2) * size_in_bytes) if size_in_bytes else math.inf,
         tokens=tokens,
         bytes=size_in_bytes,
         window=size,
@@ -111,19 +105,53 @@ def split_documents(text: str) -> list[str]:
     return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
 
 
-def _document_windows(tokenizer: Tokenizer, text: str, size: int, max_documents: int | None) -> Iterator[_Window]:
-    for document in split_documents(text)[:max_documents]:
+def score_windows(
+    transformer: _core.model.Transformer,
+    windows: Sequence[Window],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """The mean of -ln p over the scored tokens of windows."""
+    nats = 0.0
+    for done, part in enumerate(windows, start=1):
+        scores = _core.runtime.score(transformer, np.asarray(part.ids, np.int32))
+        nats -= float(scores[part.first - 1 :].sum(dtype=np.float64))
+        if progress is not None:
+            progress(done, len(windows))
+    return nats / sum(len(part.ids) - part.first for part in windows)
+
+
+def cut_documents(tokenizer: Tokenizer, text: str, size: int, *, tokens: int | None) -> list[Window]:
+    """The windows of protocol documents, from the start of a text until `tokens` are scored; None: all of it.
+
+    Whole documents are taken. Raises ValueError for a text with nothing to score.
+    """
+    windows: list[Window] = []
+    scored = 0
+    for document in split_documents(text):
+        for window in _document_windows(tokenizer, [document], size):
+            windows.append(window)
+            scored += len(window.ids) - window.first
+        if tokens is not None and scored >= tokens:
+            break
+    if not scored:
+        raise ValueError("[evaluate] the text has nothing to score")
+    return windows
+
+
+def _document_windows(tokenizer: Tokenizer, documents: Sequence[str], size: int) -> Iterator[Window]:
+    for document in documents:
         ids = tokenizer.encode(document)
         document_bytes = len(document.encode())
         scored, start = 1, 0
         while scored < len(ids):
             part = ids[start : start + size]
-            yield _Window(part, scored - start, document_bytes)
+            yield Window(part, scored - start, document_bytes)
             document_bytes = 0
             scored, start = start + len(part), start + size // 2
 
 
-def _chunk_windows(tokenizer: Tokenizer, text: str, size: int, *, llama_cpp: bool) -> Iterator[_Window]:
+def _chunk_windows(tokenizer: Tokenizer, text: str, size: int, *, llama_cpp: bool) -> Iterator[Window]:
     ids = tokenizer.encode(text)
     for start in range(0, len(ids) - size + 1, size):
         part = ids[start : start + size]
@@ -131,4 +159,4 @@ def _chunk_windows(tokenizer: Tokenizer, text: str, size: int, *, llama_cpp: boo
             part[0] = tokenizer.bos_id
         # llama-perplexity scores the predictions made at positions size / 2 .. size - 2.
         first = size // 2 + 1 if llama_cpp else 1
-        yield _Window(part, first, sum(len(tokenizer.token_bytes(i)) for i in part[first:]))
+        yield Window(part, first, sum(len(tokenizer.token_bytes(i)) for i in part[first:]))

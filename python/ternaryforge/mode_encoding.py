@@ -52,6 +52,11 @@ class Encoded:
             scales = scales[:, None]
         return (self.codes * scales).astype(np.float32)
 
+    def rows(self, chosen: NDArray[np.int64] | slice) -> "Encoded":
+        """Some of the rows, as slots take them of a tensor that holds several."""
+        scales = self.scales if self.scales.size == 1 else self.scales[chosen]
+        return Encoded(self.mode, self.codes[chosen], scales, self.group_size)
+
     def stored(self, dtype: str) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None]:
         """The bytes of the weight, whose tensor has `dtype`, and the scales as stored."""
         rows, cols = self.codes.shape

@@ -12,6 +12,7 @@ import sys
 import typer
 
 from ternaryforge.cli import (
+    analyze,
     bench,
     calibrate,
     chat,
@@ -23,6 +24,7 @@ from ternaryforge.cli import (
     import_,
     inspect,
     plan,
+    search,
     validate,
     verify,
 )
@@ -40,6 +42,8 @@ app.command("convert")(convert.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)
 app.command("calibrate")(calibrate.command)
+app.command("analyze")(analyze.command)
+app.command("search")(search.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)
