@@ -2,14 +2,14 @@
 """Does a model still compute what it should? Compared token by token with a reference, and judged.
 
 report = validate("model.gguf")                        # with llama.cpp, where it is installed
-report = validate("model-ternary", reference="model")
-print(report.top1_agreement, report.kl, report.passed)
+report = validate("model-ternary", reference="model", data="valid.txt", thresholds={"kl": 1.0, "perplexity": 20})
+print(report.top1_agreement, report.kl, report.passed, report.missed)
+report.save("report.html")
 """
 
-import math
+import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ternaryforge import _core
+from ternaryforge.evaluation import evaluate, split_documents
 from ternaryforge.gguf.engines import Engine, open_engine
 from ternaryforge.gguf.export_source import open_source
 from ternaryforge.gguf.producer import judge_engines
 from ternaryforge.gguf.reading import first_part, is_gguf
 from ternaryforge.memory import peak_resident_bytes
 from ternaryforge.model import TernaryModel
-from ternaryforge.report import Report
 from ternaryforge.sources import find_source
+from ternaryforge.validation_report import (
+    THRESHOLDS,
+    ValidatedLayer,
+    ValidationReport,
+    check_thresholds,
+    judge,
+)
+
+__all__ = ["DEFAULT_TEXT", "THRESHOLDS", "ValidationReport", "validate"]
 
 DEFAULT_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog. "
     'One day, they saw a big red ball in the grass, and the dog ran to it. Lily laughed and said, "Good boy!"'
 )
-THRESHOLDS = {"top1_agreement": 0.97, "kl": 0.01}
-"""The least share of equal likeliest tokens, and the most Kullback-Leibler divergence in nats."""
-
 _GREEDY_TOKENS = 32
 _PROMPT_TOKENS = 8
-_MOST_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class ValidationReport(Report):
-    """What `validate` found. Where there is nothing to tell, a field is None.
-
-    `reference` is what the model was compared with, over `positions` of a text that both were given:
-    `top1_agreement` is the share of them with the same likeliest next token, `kl` the mean divergence
-    of the next token in nats. `greedy_equal` of `greedy_tokens` generated tokens are the same.
-    `tokens_equal`: both cut the text into the same tokens. `sparsity` is the share of zeros in the
-    ternary layers, `balance` that of +1 among the others. `passed`: every one of `thresholds` is kept.
-    """
-
-    model: str
-    reference: str
-    positions: int
-    top1_agreement: float
-    kl: float | None
-    greedy_equal: int
-    greedy_tokens: int
-    tokens_equal: bool | None
-    perplexity: float
-    reference_perplexity: float | None
-    sparsity: float | None
-    balance: float | None
-    bits_per_weight: float | None
-    file_bytes: int
-    tokens_per_second: float
-    peak_rss_bytes: int | None
-    thresholds: dict[str, float]
-    passed: bool
 
 
 def validate(
@@ -75,66 +49,101 @@ def validate(
     *,
     data: str | os.PathLike[str] | None = None,
     thresholds: Mapping[str, float] | None = None,
+    positions: int = 256,
+    max_documents: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
 ) -> ValidationReport:
-    """Compares a model with a reference on the first 256 tokens of a text.
+    """Compares a model with a reference on a text, measures it, and judges it.
 
     Args:
-        model: A checkpoint folder, a GGUF file, or "demo".
+        model: A checkpoint folder, a GGUF or `.1bit` file, or "demo".
         reference: A folder or a GGUF file with the same vocabulary, run in floating point. Without
             one, a GGUF file is run by another engine and compared with our floating-point mode, and
             a folder with its own floating-point mode.
-        data: A text file; default: a few sentences of English.
-        thresholds: Instead of `THRESHOLDS`; keys "top1_agreement" and "kl".
+        data: A text file; documents end with <|endoftext|>. Default: a few sentences of English.
+        thresholds: Instead of `THRESHOLDS`. top1_agreement, sparsity and tokens_per_second are least
+            values; kl, perplexity, perplexity_ratio (to the reference), bits_per_weight, file_bytes,
+            file_bits_per_weight and peak_rss_bytes are most values.
+        positions: Tokens on which the two are compared, from the beginnings of the documents; an
+            engine gets the first document only, and perplexities are then those of these tokens.
+        max_documents: Perplexity on the first ones only.
         engine: "llama-cpp-python", "llama-cli" or the path of such a program; default: what is installed.
         threads: Default: the physical cores at hand.
 
     Raises ValueError where no engine is there or it refuses the file, with the reason where it is
-    known; FormatError, OSError.
+    known, and for wrong options; FormatError, OSError.
     """
     path = first_part(find_source(model))
     threads = threads or _core.parallel.default_threads()
-    limits = dict(THRESHOLDS if thresholds is None else thresholds)
-    if unknown := limits.keys() - THRESHOLDS.keys():
-        raise ValueError(f"[validate] thresholds has the keys {', '.join(THRESHOLDS)}, got {', '.join(unknown)}")
-    text = DEFAULT_TEXT if data is None else Path(data).read_text(encoding="utf-8")
+    limits = check_thresholds(THRESHOLDS if thresholds is None else thresholds)
+    if positions <= _PROMPT_TOKENS:
+        raise ValueError(f"[validate] positions is more than {_PROMPT_TOKENS}, got {positions}")
+    text = DEFAULT_TEXT if data is None else _read(Path(data))
     wants_engine = reference is None and is_gguf(path)
     if wants_engine and engine is None:
         _refuse_hopeless(path)
     ours = TernaryModel.from_pretrained(path, threads=threads, activations="float" if wants_engine else None)
-    ids = ours.encode(text)[: min(_MOST_TOKENS, ours.context_length)]
-    if len(ids) <= _PROMPT_TOKENS:
-        raise ValueError(f"[validate] the text must have more than {_PROMPT_TOKENS} tokens, got {len(ids)}")
-    prompt = ids[:_PROMPT_TOKENS]
+    name = os.fspath(reference or path)
+    other_model = None if wants_engine else TernaryModel.from_pretrained(name, threads=threads, activations="float")
+    context = min(model.context_length for model in (ours, other_model) if model is not None)
+    beginnings = _beginnings(ours, text, positions, context)
+    if not beginnings:
+        longest = max((len(ours.encode(document)) for document in split_documents(text)), default=0)
+        raise ValueError(f"[validate] the text must have more than {_PROMPT_TOKENS} tokens, got {longest}")
+    prompt = beginnings[0][1][:_PROMPT_TOKENS]
     count = min(_GREEDY_TOKENS, ours.context_length - len(prompt))
     generated = ours.generate(prompt, max_new_tokens=count)
-    if wants_engine:
-        other = open_engine(path, engine, context=min(_MOST_TOKENS + 1, ours.context_length), threads=threads)
+    if other_model is None:
+        document, ids = beginnings[0]
+        other = open_engine(path, engine, context=min(positions + 1, ours.context_length), threads=threads)
         try:
-            found = _compare_engine(ours, other, text, ids, prompt=prompt, count=count)
+            found = _compare_engine(ours, other, document, ids, prompt=prompt, count=count)
         finally:
             other.close()
     else:
-        name = os.fspath(reference or path)
-        other_model = TernaryModel.from_pretrained(name, threads=threads, activations="float")
-        found = _compare_models(ours, other_model, text, ids, prompt=prompt, count=count)
+        found = _compare_models(ours, other_model, beginnings, prompt=prompt, count=count)
+        found |= _perplexities(ours, other_model, text, max_documents)
         found["reference"] = f"{name} in floating point"
     mine, theirs = generated.token_ids, found.pop("greedy")
     equal = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
-    passed = found["top1_agreement"] >= limits.get("top1_agreement", 0)
-    passed = passed and (found["kl"] is None or found["kl"] <= limits.get("kl", math.inf))
-    return ValidationReport(
-        model=str(model),
-        greedy_equal=min(len(mine), len(theirs)) if equal is None else equal,
-        greedy_tokens=max(len(mine), len(theirs)),
+    fields = {
+        "model": str(model),
         **found,
+        "greedy_equal": min(len(mine), len(theirs)) if equal is None else equal,
+        "greedy_tokens": max(len(mine), len(theirs)),
+        "text": "the built-in text" if data is None else os.fspath(data),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         **_describe_weights(path, threads),
-        tokens_per_second=generated.tokens_per_second,
-        peak_rss_bytes=peak_resident_bytes(),
-        thresholds=limits,
-        passed=passed and found["tokens_equal"] is not False,
-    )
+        "tokens_per_second": generated.tokens_per_second,
+        "prompt_tokens_per_second": generated.prompt_tokens_per_second,
+        "peak_rss_bytes": peak_resident_bytes(),
+        "threads": threads,
+    }
+    known = fields["reference_perplexity"]
+    fields["perplexity_ratio"] = None if known is None else fields["perplexity"] / known
+    missed = judge(fields, limits)
+    return ValidationReport(**fields, thresholds=limits, missed=missed, passed=not missed)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[validate] '{path}' is not UTF-8: {error}") from None
+
+
+def _beginnings(model: TernaryModel, text: str, positions: int, context: int) -> list[tuple[str, list[int]]]:
+    """Documents that are long enough and their first tokens, at most `context` each, `positions` together."""
+    found: list[tuple[str, list[int]]] = []
+    for document in split_documents(text):
+        ids = model.encode(document)[: min(positions, context)]
+        if len(ids) > _PROMPT_TOKENS:
+            found.append((document, ids))
+            positions -= len(ids)
+        if positions <= _PROMPT_TOKENS:
+            break
+    return found
 
 
 def _refuse_hopeless(path: Path) -> None:
@@ -170,20 +179,50 @@ def _compare_engine(
         "positions": len(top1),
         "top1_agreement": float(top1.mean()) if len(top1) else 0.0,
         "kl": None,
+        "kl_by_position": (),
         "reference_perplexity": None,
         "tokens_equal": None,
     }
 
 
 def _compare_models(
-    ours: TernaryModel, other: TernaryModel, text: str, ids: list[int], *, prompt: list[int], count: int
+    ours: TernaryModel,
+    other: TernaryModel,
+    beginnings: Sequence[tuple[str, list[int]]],
+    *,
+    prompt: list[int],
+    count: int,
 ) -> dict[str, Any]:
     sizes = [model.architecture.spec.vocab_size for model in (ours, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"[validate] the reference has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}")
-    return _compare(other.logits(ids), ours.logits(ids), ids, ours_first=False) | {
+    equal, divergences = 0.0, []
+    for _, ids in beginnings:
+        part = _compare(other.logits(ids), ours.logits(ids), ids, ours_first=False)
+        equal += part["top1_agreement"] * len(ids)
+        divergences += part["kl_by_position"]
+    same = None
+    if other.tokenizer is not None:
+        same = all(other.encode(document)[: len(ids)] == ids for document, ids in beginnings)
+    return {
+        "positions": len(divergences),
+        "top1_agreement": equal / len(divergences),
+        "kl": float(np.mean(divergences)),
+        "kl_by_position": tuple(divergences),
         "greedy": other.generate(prompt, max_new_tokens=count).token_ids,
-        "tokens_equal": None if other.tokenizer is None else other.encode(text)[: len(ids)] == ids,
+        "tokens_equal": same,
+    }
+
+
+def _perplexities(ours: TernaryModel, other: TernaryModel, text: str, max_documents: int | None) -> dict[str, Any]:
+    """Protocol documents; a reference without a tokenizer gets ours."""
+    found = ours.perplexity(text, max_documents=max_documents)
+    reference = evaluate(other.transformer, ours.require_tokenizer(), text, max_documents=max_documents)
+    return {
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "text_tokens": found.tokens,
+        "reference_perplexity": reference.perplexity,
     }
 
 
@@ -191,20 +230,23 @@ def _compare(
     p: NDArray[np.float32], q: NDArray[np.float32], ids: list[int], *, ours_first: bool = True
 ) -> dict[str, Any]:
     """Agreement and KL(p || q) of the next tokens, and what both think of `ids`; row by row, as rows are long."""
-    equal, divergence, nll = 0, 0.0, np.zeros(2)
+    equal, divergences, nll = 0, [], np.zeros(2)
     for index, row in enumerate(zip(p, q, strict=True)):
         a, b = map(_log_softmax, row)
         equal += int(a.argmax() == b.argmax())
-        divergence += float((np.exp(a) * (a - b)).sum())
+        divergences.append(float((np.exp(a) * (a - b)).sum()))
         if index + 1 < len(ids):
             nll -= (a[ids[index + 1]], b[ids[index + 1]])
     perplexities = np.exp(nll / (len(ids) - 1))[:: 1 if ours_first else -1]
     return {
         "positions": len(ids),
         "top1_agreement": equal / len(ids),
-        "kl": divergence / len(ids),
+        "kl": float(np.mean(divergences)),
+        "kl_by_position": tuple(divergences),
         "perplexity": float(perplexities[0]),
         "reference_perplexity": float(perplexities[1]),
+        "text_tokens": len(ids) - 1,
+        "bits_per_byte": None,
     }
 
 
@@ -216,19 +258,28 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _describe_weights(path: Path, threads: int) -> dict[str, Any]:
     if path.suffix == ".1bit":
-        return {"sparsity": None, "balance": None, "bits_per_weight": None, "file_bytes": path.stat().st_size}
+        names = ("sparsity", "balance", "bits_per_weight", "file_bits_per_weight")
+        return dict.fromkeys(names) | {"layers": (), "file_bytes": path.stat().st_size}
     source = open_source(path, threads=threads)
+    layers = []
     total = zeros = ones = size = 0
-    for slot in source.architecture.spec.slots():
+    slots = source.architecture.spec.slots()
+    for slot, (rows, cols) in slots.items():
         found = source.ternary(slot)
         if found is not None:
-            total += found.trits.size
-            zeros += found.trits.size - int(np.count_nonzero(found.trits))
-            ones += int(np.count_nonzero(found.trits > 0))
-            size += source.stored_bytes(slot)
+            nonzero, positive = int(np.count_nonzero(found.trits)), int(np.count_nonzero(found.trits > 0))
+            stored = source.stored_bytes(slot)
+            sparsity, balance = 1 - nonzero / (rows * cols), positive / nonzero if nonzero else None
+            layers.append(ValidatedLayer(slot, rows, cols, sparsity, balance, 8 * stored / (rows * cols)))
+            total, zeros = total + rows * cols, zeros + rows * cols - nonzero
+            ones, size = ones + positive, size + stored
+    tied = source.architecture.tied_head
+    parameters = sum(rows * cols for slot, (rows, cols) in slots.items() if not (tied and slot == "head"))
     return {
         "sparsity": zeros / total if total else None,
         "balance": ones / (total - zeros) if total > zeros else None,
         "bits_per_weight": 8 * size / total if total else None,
+        "layers": tuple(layers),
         "file_bytes": source.file_bytes,
+        "file_bits_per_weight": 8 * source.file_bytes / parameters,
     }

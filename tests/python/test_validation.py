@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparing models with references: folders, files, and engines that stand in for llama.cpp."""
 
+import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +121,7 @@ def test_a_model_and_its_reference(tmp_path: Path, demo_file: Path) -> None:
     text.write_text("Hi", encoding="utf-8")
     with pytest.raises(ValueError, match="the text must have more than 8 tokens"):
         tf.validate("demo", data=text)
-    with pytest.raises(ValueError, match="thresholds has the keys top1_agreement, kl, got speed"):
+    with pytest.raises(ValueError, match=r"thresholds has the keys top1_agreement, .*, got speed"):
         tf.validate("demo", thresholds={"speed": 1})
 
 
@@ -159,3 +161,88 @@ def test_files_that_llama_cpp_would_not_run(tmp_path: Path, monkeypatch: pytest.
         open_engine(demo_file, "llama-cpp-python")
     with pytest.raises(ValueError, match="no engine for GGUF files is installed"):
         open_engine(demo_file)
+
+
+def write_documents(path: Path) -> Path:
+    """Three documents, one too short to compare."""
+    parts = (validation.DEFAULT_TEXT, "Hi", "\nTom saw a big dog. It was sad, so he ran to it.")
+    path.write_text("<|endoftext|>".join(parts), encoding="utf-8")
+    return path
+
+
+def test_everything_is_measured_on_a_named_text(tmp_path: Path) -> None:
+    """Perplexity, sizes and shares against the calls and counts that they stand for."""
+    data = write_documents(tmp_path / "text.txt")
+    report = tf.validate("demo", data=data, threads=1, positions=60)
+    model = tf.TernaryModel.demo(threads=1)
+    text = data.read_text()
+    expected = model.perplexity(text)
+    assert (report.perplexity, report.bits_per_byte) == (expected.perplexity, expected.bits_per_byte)
+    assert report.text_tokens == expected.tokens
+    assert (report.text, report.text_sha256) == (str(data), hashlib.sha256(text.encode()).hexdigest())
+    own = tf.TernaryModel.demo(threads=1, activations="float").perplexity(text).perplexity
+    assert report.perplexity_ratio == pytest.approx(expected.perplexity / own)
+    documents = [model.encode(part.strip()) for part in text.split("<|endoftext|>")]
+    seen = [documents[0][:60], documents[2][: max(0, 60 - len(documents[0]))]]
+    used = [ids for ids in seen if len(ids) > 8]
+    assert report.positions == len(report.kl_by_position) == sum(map(len, used))
+    assert report.kl == pytest.approx(np.mean(report.kl_by_position))
+    weights = sum(layer.rows * layer.cols for layer in report.layers)
+    zeros = sum(layer.rows * layer.cols * layer.sparsity for layer in report.layers)
+    assert report.sparsity == pytest.approx(zeros / weights)
+    slots = model.architecture.spec.slots()
+    assert {slot for slot in slots if model.architecture.is_linear(slot)} <= {layer.name for layer in report.layers}
+    assert report.file_bits_per_weight is not None
+    assert 2 < report.file_bits_per_weight < 16
+    first = tf.validate("demo", data=data, threads=1, max_documents=1)
+    assert first.perplexity == pytest.approx(model.perplexity(validation.DEFAULT_TEXT).perplexity)
+    both = tf.validate("demo", data=data, threads=1)
+    assert both.positions == len(documents[0]) + len(documents[2])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "missed"),
+    [
+        ({"perplexity": 1.5}, "perplexity is .*, and must be at most 1.5"),
+        ({"tokens_per_second": 1e12}, r"tokens_per_second is .*, and must be at least 1e\+12"),
+        ({"file_bytes": 10, "sparsity": 0.999}, "file_bytes is .* at most 10; sparsity is .* at least 0.999"),
+    ],
+)
+def test_thresholds_of_other_fields(threshold: dict[str, float], missed: str) -> None:
+    report = tf.validate("demo", thresholds=threshold, threads=1)
+    assert not report.passed
+    assert re.fullmatch(missed, "; ".join(report.missed))
+    kept = dict.fromkeys(("kl", "perplexity", "perplexity_ratio", "file_bytes", "peak_rss_bytes"), 1e12)
+    assert tf.validate("demo", thresholds=kept, threads=1).passed
+
+
+def test_reports_as_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = write_documents(tmp_path / "a|b & c.txt")
+    names = [tmp_path / f"report.{ending}" for ending in ("json", "md", "html")]
+    call = ["validate", "demo", "--data", str(data), "--threshold", "perplexity=1.5"]
+    result = CliRunner().invoke(app, [*call, *(part for name in names for part in ("--output", str(name)))])
+    assert result.exit_code == 3, result.output
+    assert "NO: perplexity is" in result.stdout
+    document = json.loads(names[0].read_text())
+    assert document["passed"] is False
+    assert document["layers"][0].keys() >= {"name", "sparsity", "balance", "bits_per_weight"}
+    markdown, page = names[1].read_text(), names[2].read_text()
+    assert "a\\|b & c.txt" in markdown
+    assert "a|b &amp; c.txt" in page
+    for text in (markdown, page):
+        assert all(layer["name"] in text for layer in document["layers"])
+        assert document["text_sha256"][:16] in text
+    assert page.count("<svg") == page.count("</svg>") == 1
+
+
+def test_reports_that_are_refused(tmp_path: Path) -> None:
+    for call, match in (
+        (["--output", str(tmp_path / "report.pdf")], r"a report ends with \.json, \.md, \.html"),
+        (["--threshold", "perplexity"], "is NAME=VALUE, got"),
+        (["--threshold", "kl=nan"], "the threshold of kl is a number, got nan"),
+        (["--positions", "8"], "positions is more than 8, got 8"),
+    ):
+        result = CliRunner().invoke(app, ["validate", "demo", *call])
+        assert result.exit_code in (1, 2)
+        assert re.search(match, result.output + str(result.exception))

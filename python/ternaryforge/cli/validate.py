@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ternaryforge validate MODEL`: does a model still compute what it should?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,8 @@ import typer
 
 from ternaryforge.cli.output import JsonOption, SeedOption, ThreadsOption, print_json, print_table
 
-_MISSED = 3
+MISSED = 3
+"""The exit code where a threshold is missed."""
 
 
 def command(
@@ -19,47 +21,59 @@ def command(
         typer.Option(help="Model to compare with; default: llama.cpp for GGUF, the same model in floating point else."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Text to compare on; default: a few sentences.")] = None,
+    positions: Annotated[int, typer.Option(help="Tokens on which the two are compared.")] = 256,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="Perplexity on the first ones only.")] = None,
     engine: Annotated[
         str | None, typer.Option(help="llama-cpp-python, llama-cli, or the path of such a program.")
     ] = None,
     least_top1: Annotated[float, typer.Option("--least-top1", help="Threshold of the agreement.")] = 0.97,
     most_kl: Annotated[float, typer.Option("--most-kl", help="Threshold of the divergence in nats.")] = 0.01,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Another threshold, such as perplexity=20; repeatable."),
+    ] = None,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="Also write the report: .json, .md, or .html with plots; repeatable.")
+    ] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Compare a model with a reference; exit code 3 where a threshold is missed."""
+    """Compare a model with a reference, measure it; exit code 3 where a threshold is missed."""
     from ternaryforge.validation import validate
+    from ternaryforge.validation_report import check_suffix
 
     del seed  # greedy throughout
+    limits = {"top1_agreement": least_top1, "kl": most_kl} | read_thresholds(threshold or ())
+    for path in output or ():
+        check_suffix(path)
     report = validate(
         model,
         reference,
         data=data,
-        thresholds={"top1_agreement": least_top1, "kl": most_kl},
+        thresholds=limits,
+        positions=positions,
+        max_documents=max_documents,
         engine=engine,
         threads=threads,
     )
+    for path in output or ():
+        report.save(path)
     if json:
         print_json(report.to_dict())
     else:
-        rows: dict[str, object] = {
-            "compared with": report.reference,
-            "likeliest token": f"equal in {report.top1_agreement:.4f} of {report.positions} places",
-            "divergence": "not given by this engine" if report.kl is None else f"{report.kl:.2e} nats",
-            "greedy": f"the first {report.greedy_equal} of {report.greedy_tokens} tokens are equal",
-        }
-        if report.tokens_equal is not None:
-            rows["tokens of the text"] = "equal" if report.tokens_equal else "DIFFERENT"
-        rows["perplexity"] = f"{report.perplexity:.4f}" + (
-            "" if report.reference_perplexity is None else f", reference {report.reference_perplexity:.4f}"
-        )
-        if report.bits_per_weight is not None:
-            rows["ternary layers"] = (
-                f"{report.bits_per_weight:.4f} bits per weight, {report.sparsity:.3f} zeros, "
-                f"{report.balance or 0:.3f} of the others +1"
-            )
-        rows |= {"file": f"{report.file_bytes:,} bytes", "passed": "yes" if report.passed else "NO"}
-        print_table(rows)
+        print_table(report.rows())
     if not report.passed:
-        raise typer.Exit(_MISSED)
+        raise typer.Exit(MISSED)
+
+
+def read_thresholds(texts: Sequence[str]) -> dict[str, float]:
+    """`NAME=VALUE` as a dictionary; names are checked by `validate`."""
+    thresholds = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            thresholds[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"--threshold is NAME=VALUE, got {text!r}") from None
+    return thresholds
