@@ -15,6 +15,8 @@
 #include "formats/packed_tensor.h"
 #include "formats/t16.h"
 #include "formats/t20.h"
+#include "formats/t8.h"
+#include "formats/two_plane.h"
 
 namespace tf {
 namespace {
@@ -66,13 +68,18 @@ PackedTensor FromBuffer(const std::string& layout, size_t rows, size_t cols, con
                       std::move(all));
 }
 
+// Trits, or two planes of them, without scales.
+bool IsCodes(Layout layout) {
+  const Alphabet alphabet = AlphabetOf(layout);
+  return (alphabet == Alphabet::kTrit || alphabet == Alphabet::kNineLevels) && !HoldsScales(layout);
+}
+
 py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name,
                           size_t group_size) {
   const std::span<const int8_t> values = TakeArray<int8_t>(trits, 2, "pack", "trits");
   const size_t rows = ShapeOf(trits)[0], cols = ShapeOf(trits)[1];
   const Layout layout = LayoutFromName(layout_name);
-  Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
-        "[pack] a ternary layout without scales is needed, got ", layout_name,
+  Check(IsCodes(layout), "[pack] a ternary layout without scales is needed, got ", layout_name,
         ": see encode_ternary and decode_ternary");
   py::array_t<uint8_t> packed(std::vector<size_t>{LayoutBytes(layout, rows, cols, group_size)});
   const std::span<uint8_t> out = SpanOf(packed);
@@ -83,6 +90,12 @@ py::array_t<uint8_t> Pack(const py::array& trits, const std::string& layout_name
       break;
     case Layout::kT20:
       T20Pack(values, rows, cols, group_size, out);
+      break;
+    case Layout::kTwoPlane:
+      TwoPlanePack(values, rows, cols, out);
+      break;
+    case Layout::kT8:
+      T8Pack(values, rows, cols, out);
       break;
     case Layout::kOnebit:
       OnebitTernaryPack(values, rows, cols, out);
@@ -100,8 +113,7 @@ py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name
                            size_t cols, size_t group_size) {
   const std::span<const uint8_t> bytes = TakeArray<uint8_t>(data, 1, "unpack", "data");
   const Layout layout = LayoutFromName(layout_name);
-  Check(AlphabetOf(layout) == Alphabet::kTrit && !HoldsScales(layout),
-        "[unpack] a ternary layout without scales is needed, got ", layout_name,
+  Check(IsCodes(layout), "[unpack] a ternary layout without scales is needed, got ", layout_name,
         ": see encode_ternary and decode_ternary");
   const size_t expected = LayoutBytes(layout, rows, cols, group_size);
   Check(bytes.size() == expected, "[unpack] ", layout_name, " of ", rows, " x ", cols, " takes ",
@@ -115,6 +127,12 @@ py::array_t<int8_t> Unpack(const py::array& data, const std::string& layout_name
       break;
     case Layout::kT20:
       T20Unpack(bytes, rows, cols, group_size, out);
+      break;
+    case Layout::kTwoPlane:
+      TwoPlaneUnpack(bytes, rows, cols, out);
+      break;
+    case Layout::kT8:
+      T8Unpack(bytes, rows, cols, out);
       break;
     case Layout::kOnebit:
       OnebitTernaryUnpack(bytes, rows, cols, out);
@@ -170,7 +188,8 @@ void register_formats(py::module_& formats) {
       .def_property_readonly("data", &BytesView)
       .def_property_readonly("effective_scales", &EffectiveScales);
   formats.def("pack", &Pack, py::arg("trits"), py::arg("layout"), py::kw_only(),
-              py::arg("group_size") = 0, "Trits [rows, cols] to the bytes of a layout.");
+              py::arg("group_size") = 0,
+              "Trits, or levels -4 .. 4 of two planes, [rows, cols] to the bytes of a layout.");
   formats.def("unpack", &Unpack, py::arg("data"), py::arg("layout"), py::arg("rows"),
               py::arg("cols"), py::kw_only(), py::arg("group_size") = 0, "The inverse of pack.");
   formats.def(

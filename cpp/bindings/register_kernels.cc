@@ -19,6 +19,7 @@
 #include "kernels/self_test.h"
 #include "kernels/ternary_gemv.h"
 #include "kernels/tile_choice.h"
+#include "kernels/two_plane_linear.h"
 
 namespace tf {
 namespace {
@@ -54,15 +55,17 @@ py::tuple QuantizeActsArray(const py::array& x, const std::string& activations) 
 
 // Tiles stay as they are.
 PackedTensor ToTiles(const PackedTensor& tensor, const Team& team) {
-  return IsTiles(tensor.layout()) ? tensor : RepackT16(tensor, team);
+  return IsTiles(tensor.layout()) ? tensor : RepackTiles(tensor, team);
 }
 
 PackedTensor Repack(const PackedTensor& tensor, const std::string& layout, size_t threads) {
   const Layout wanted = LayoutFromName(layout);
-  Check(IsTiles(wanted), "[repack] the run-time layouts are t16 and t20, got ", layout);
+  Check(IsTiles(wanted), "[repack] the run-time layouts are t8, t16 and t20, got ", layout);
   const Team team(threads);
   const py::gil_scoped_release release;
-  return wanted == Layout::kT20 ? RepackT20(ToTiles(tensor, team), team) : RepackT16(tensor, team);
+  if (wanted == Layout::kT8) return RepackT8(tensor, team);
+  if (wanted == Layout::kT16) return RepackT16(tensor, team);
+  return RepackT20(ToTiles(tensor, team), team);
 }
 
 py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
@@ -76,8 +79,7 @@ py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
   auto out = py::array_t<float>({tokens, tensor.rows()});
   const std::span<float> result = SpanOf(out);
   const py::gil_scoped_release release;
-  const PackedTensor weight = tensor.alphabet() == Alphabet::kTrit ? ToTiles(tensor, team) : tensor;
-  ApplyLinear(weight, values.data(), tokens, mode, team, result.data());
+  ApplyLinear(ToTiles(tensor, team), values.data(), tokens, mode, team, result.data());
   return out;
 }
 
@@ -90,11 +92,13 @@ py::array_t<int32_t> TernaryDotArray(const py::array& codes, const PackedTensor&
   const std::span<int32_t> result = SpanOf(out);
   const py::gil_scoped_release release;
   const PackedTensor weight = ToTiles(tensor, Team(1));
+  Check(IsTiles(weight.layout()), "[ternary_dot] trits or two planes of them are needed, got ",
+        LayoutName(weight.layout()));
+  const auto dot = weight.alphabet() == Alphabet::kTrit ? TernaryDot : TwoPlaneDot;
   AlignedArray<int8_t> padded(PaddedCols(cols));
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(values.data() + t * cols, cols, padded.data());
-    TernaryDot(weight, padded.data(), 0, PanelCount(weight.rows()),
-               result.data() + t * weight.rows());
+    dot(weight, padded.data(), 0, PanelCount(weight.rows()), result.data() + t * weight.rows());
   }
   return out;
 }
@@ -107,18 +111,18 @@ void register_kernels(py::module_& kernels) {
               "Per-token integer codes and scales of activations [tokens, cols]; x is about codes "
               "/ scale.");
   kernels.def("repack", &Repack, py::arg("tensor"), py::arg("layout"), py::kw_only(),
-              py::arg("threads") = 1, "The same ternary matrix in a run-time layout.");
+              py::arg("threads") = 1, "The same matrix in a run-time layout.");
   kernels.def("linear", &Linear, py::arg("x"), py::arg("tensor"), py::kw_only(),
               py::arg("activations"), py::arg("threads") = 1,
               "x [tokens, cols] times the transposed weight: [tokens, rows].");
   kernels.def("ternary_dot", &TernaryDotArray, py::arg("codes"), py::arg("tensor"),
-              "Exact integer sums of trit * code: [tokens, rows].");
+              "Exact integer sums of trit or level * code: [tokens, rows].");
   kernels.def(
       "time_linear",
       [](const PackedTensor& tensor, size_t tokens, const std::string& activations, size_t threads,
          size_t passes) {
         const ActivationMode mode = ActivationModeFromName(activations);
-        CheckCols(mode, tensor.cols());
+        CheckExact(mode, tensor);
         const Team team(threads);
         const py::gil_scoped_release release;
         return TimeLinear(tensor, tokens, mode, team, passes);

@@ -37,6 +37,11 @@ const char* KindName(ScaleKind kind) {
   return kind == ScaleKind::kTensor ? "tensor" : kind == ScaleKind::kRow ? "row" : "group";
 }
 
+Alphabet AlphabetOfPlanes(size_t planes) {
+  Check(planes == 1 || planes == 2, "[calibrate] planes is 1 or 2, got ", planes);
+  return planes == 1 ? Alphabet::kTrit : Alphabet::kNineLevels;
+}
+
 // [1], [rows] or [rows, groups].
 py::array_t<float> NewScales(ScaleKind kind, size_t count, size_t rows) {
   std::vector<size_t> shape{count};
@@ -113,7 +118,7 @@ void PySumMoments(const py::array& a, const py::object& b, py::array& sums, size
 py::tuple PyRoundWithFeedback(const py::array& target, const py::object& factor,
                               const py::array& importance, std::string_view rule_name,
                               std::string_view scale, size_t group_size, float tensor_scale,
-                              size_t threads) {
+                              size_t planes, size_t threads) {
   const std::span<const double> values = TakeArray<double>(target, 2, "calibrate", "target");
   const std::span<const double> weights =
       TakeArray<double>(importance, 1, "calibrate", "importance");
@@ -124,36 +129,39 @@ py::tuple PyRoundWithFeedback(const py::array& target, const py::object& factor,
     factors = TakeArray<double>(kept, 2, "calibrate", "factor");
   }
   const size_t rows = ShapeOf(target)[0], cols = ShapeOf(target)[1];
+  const Alphabet alphabet = AlphabetOfPlanes(planes);
   const ScaleRule rule = ScaleRuleFromName(rule_name);
   const ScaleKind kind = KindFromName(scale);
   const size_t count = ScaleCount(kind, group_size, rows, cols);
   const Team team(threads);
-  py::array_t<int8_t> trits({rows, cols});
+  py::array_t<int8_t> levels({rows, cols});
   py::array_t<float> scales = NewScales(kind, count, rows);
   if (kind == ScaleKind::kTensor) *scales.mutable_data() = tensor_scale;
-  const std::span<int8_t> trit_span = SpanOf(trits);
+  const std::span<int8_t> level_span = SpanOf(levels);
   const std::span<float> scale_span = SpanOf(scales);
   {
     const py::gil_scoped_release release;
-    RoundWithFeedback(values, rows, cols, factors, weights, rule, kind, group_size, team, trit_span,
-                      scale_span);
+    RoundWithFeedback(values, rows, cols, factors, weights, alphabet, rule, kind, group_size, team,
+                      level_span, scale_span);
   }
-  return py::make_tuple(trits, scales);
+  return py::make_tuple(levels, scales);
 }
 
-void PyDescend(const py::array& target, const py::array& moments, py::array& trits,
+void PyDescend(const py::array& target, const py::array& moments, py::array& levels,
                py::array& scales, std::string_view scale, size_t group_size, size_t rounds,
-               size_t sweeps, size_t threads) {
+               size_t sweeps, size_t planes, size_t threads) {
   const std::span<const double> values = TakeArray<double>(target, 2, "calibrate", "target");
   const std::span<const double> sums = TakeArray<double>(moments, 2, "calibrate", "moments");
+  const Alphabet alphabet = AlphabetOfPlanes(planes);
   const ScaleKind kind = KindFromName(scale);
-  const std::span<int8_t> trit_span = TakeWritable<int8_t>(trits, 2, "calibrate", "trits");
+  const std::span<int8_t> level_span = TakeWritable<int8_t>(levels, 2, "calibrate", "levels");
   const std::span<float> scale_span =
       TakeWritable<float>(scales, kind == ScaleKind::kGroup ? 2 : 1, "calibrate", "scales");
   const size_t rows = ShapeOf(target)[0], cols = ShapeOf(target)[1];
   const Team team(threads);
   const py::gil_scoped_release release;
-  Descend(values, rows, cols, sums, kind, group_size, rounds, sweeps, team, trit_span, scale_span);
+  Descend(values, rows, cols, sums, alphabet, kind, group_size, rounds, sweeps, team, level_span,
+          scale_span);
 }
 
 }  // namespace
@@ -174,13 +182,14 @@ void register_quant(py::module_& quant) {
             "sums += a^T a, or a^T b where b is given; float32 [tokens, cols] into float64.");
   quant.def("round_with_feedback", &PyRoundWithFeedback, py::arg("target"), py::arg("factor"),
             py::arg("importance"), py::kw_only(), py::arg("rule"), py::arg("scale"),
-            py::arg("group_size") = 128, py::arg("tensor_scale") = 1.0f, py::arg("threads") = 1,
-            "Float64 targets to trits and fp16-exact scales, each column minding the errors of "
-            "those on its left.");
-  quant.def("descend", &PyDescend, py::arg("target"), py::arg("moments"), py::arg("trits"),
+            py::arg("group_size") = 128, py::arg("tensor_scale") = 1.0f, py::arg("planes") = 1,
+            py::arg("threads") = 1,
+            "Float64 targets to trits (planes=2: to levels -4 .. 4) and fp16-exact scales, each "
+            "column minding the errors of those on its left.");
+  quant.def("descend", &PyDescend, py::arg("target"), py::arg("moments"), py::arg("levels"),
             py::arg("scales"), py::kw_only(), py::arg("scale"), py::arg("group_size") = 128,
-            py::arg("rounds") = 4, py::arg("sweeps") = 4, py::arg("threads") = 1,
-            "Moves trits and scales, in place, to a smaller error.");
+            py::arg("rounds") = 4, py::arg("sweeps") = 4, py::arg("planes") = 1,
+            py::arg("threads") = 1, "Moves levels and scales, in place, to a smaller error.");
 }
 
 }  // namespace tf

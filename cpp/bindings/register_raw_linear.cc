@@ -30,7 +30,7 @@ void LinearAt(uintptr_t x, size_t tokens, size_t cols, uintptr_t weight, size_t 
               size_t group_size, uintptr_t out, const std::string& activations, size_t threads) {
   const ActivationMode mode = ActivationModeFromName(activations);
   const Layout layout = LayoutFromName(layout_name);
-  Check(IsTiles(layout), "[linear_at] the run-time layouts are t16 and t20, got ", layout_name);
+  Check(IsTiles(layout), "[linear_at] the run-time layouts are t8, t16 and t20, got ", layout_name);
   Check(tokens == 0 || (x != 0 && weight != 0 && scales != 0 && out != 0),
         "[linear_at] an address is null");
   const Team team(threads);

@@ -12,7 +12,9 @@
 #include "formats/onebit.h"
 #include "formats/t16.h"
 #include "formats/t20.h"
+#include "formats/t8.h"
 #include "formats/ternary_codec.h"
+#include "formats/two_plane.h"
 
 namespace tf {
 namespace {
@@ -23,7 +25,7 @@ struct LayoutEntry {
   Alphabet alphabet;
 };
 
-constexpr std::array<LayoutEntry, 22> kLayouts = {{
+constexpr std::array<LayoutEntry, 24> kLayouts = {{
     {Layout::kF32, "f32", Alphabet::kFloat},
     {Layout::kF16, "f16", Alphabet::kFloat},
     {Layout::kBf16, "bf16", Alphabet::kFloat},
@@ -33,6 +35,8 @@ constexpr std::array<LayoutEntry, 22> kLayouts = {{
     {Layout::kOnebitBinary, "onebit_binary", Alphabet::kTrit},
     {Layout::kT16, "t16", Alphabet::kTrit},
     {Layout::kT20, "t20", Alphabet::kTrit},
+    {Layout::kTwoPlane, "two_plane", Alphabet::kNineLevels},
+    {Layout::kT8, "t8", Alphabet::kNineLevels},
     {Layout::kI2S, "i2_s", Alphabet::kTrit},
     {Layout::kI2S64, "i2_s_64", Alphabet::kTrit},
     {Layout::kI2SRows4, "i2_s_rows4", Alphabet::kTrit},
@@ -91,6 +95,10 @@ size_t LayoutBytes(Layout layout, size_t rows, size_t cols, size_t group_size) {
       return T16Bytes(rows, cols);
     case Layout::kT20:
       return T20Bytes(rows, cols, group_size);
+    case Layout::kTwoPlane:
+      return TwoPlaneBytes(rows, cols);
+    case Layout::kT8:
+      return T8Bytes(rows, cols);
     default:
       return FindTernaryCodec(layout)->bytes(rows, cols);
   }

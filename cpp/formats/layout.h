@@ -20,6 +20,8 @@ enum class Layout : uint8_t {
   kOnebitBinary,  // 1 bit a weight, as in .1bit files
   kT16,           // run-time tiles of 16 rows x 16 columns, see formats/t16.h
   kT20,           // run-time tiles of 16 rows x 20 columns, see formats/t20.h
+  kTwoPlane,      // two tied trit planes in files, see formats/two_plane.h
+  kT8,            // the same in run-time tiles of 16 rows x 8 columns, see formats/t8.h
   // Files of other engines: codes and scales, see the file of the same name in formats/.
   kI2S,
   kI2S64,
@@ -47,8 +49,13 @@ bool HoldsScales(Layout layout);
 std::string_view LayoutName(Layout layout);
 Layout LayoutFromName(std::string_view name);
 
-// Whether the kernels run on it: 16-row tiles of trits.
-constexpr bool IsTiles(Layout layout) { return layout == Layout::kT16 || layout == Layout::kT20; }
+// Whether it is 16-row tiles of trits, t16 or t20, of which either can become the other.
+constexpr bool IsTernaryTiles(Layout layout) {
+  return layout == Layout::kT16 || layout == Layout::kT20;
+}
+
+// Whether the integer kernels run on it: 16-row tiles of trits or of two planes of them.
+constexpr bool IsTiles(Layout layout) { return IsTernaryTiles(layout) || layout == Layout::kT8; }
 
 // Bytes that a rows x cols matrix takes; group_size: 0 unless scales are per group (t20 depends on
 // it). Throws std::invalid_argument where the layout cannot hold the shape or the size overflows.

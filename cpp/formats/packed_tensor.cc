@@ -68,8 +68,9 @@ PackedTensor::PackedTensor(Layout layout, size_t rows, size_t cols, std::span<co
 }
 
 PackedTensor PackedTensor::WithTiles(Layout layout, uint8_t** bytes) const {
-  Check(IsTiles(layout_) && IsTiles(layout),
-        "[packed_tensor] not both are tiles: ", LayoutName(layout_), ", ", LayoutName(layout));
+  Check(IsTernaryTiles(layout_) && IsTernaryTiles(layout),
+        "[packed_tensor] not both are tiles of trits: ", LayoutName(layout_), ", ",
+        LayoutName(layout));
   auto buffer = std::make_shared<AlignedArray<uint8_t>>(
       LayoutBytes(layout, rows_, cols_, scales_.group_size));
   *bytes = buffer->data();

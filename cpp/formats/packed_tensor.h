@@ -50,7 +50,7 @@ class PackedTensor {
                                uint8_t** bytes);
 
   // The same matrix in other run-time tiles, a fresh zeroed buffer, handed out for filling; scales
-  // are shared. Both layouts are tiles.
+  // are shared. Both layouts are tiles of trits.
   PackedTensor WithTiles(Layout layout, uint8_t** bytes) const;
 
   Alphabet alphabet() const { return AlphabetOf(layout_); }

@@ -8,10 +8,14 @@ namespace tf {
 
 // The set of values that a code stands for, before scaling.
 enum class Alphabet : uint8_t {
-  kTrit,   // -1, 0, +1
-  kInt8,   // -127 .. 127
-  kFloat,  // any float
+  kTrit,        // -1, 0, +1
+  kNineLevels,  // -4 .. 4: two tied trits, 3 * first + second
+  kInt8,        // -127 .. 127
+  kFloat,       // any float
 };
+
+// The largest value of trits (1) and of two tied trits (4).
+constexpr int MaxLevel(Alphabet alphabet) { return alphabet == Alphabet::kNineLevels ? 4 : 1; }
 
 // How many weights share one scale. `kNone` belongs to floats.
 enum class ScaleKind : uint8_t {

@@ -215,6 +215,7 @@ void CopyRow(const PackedTensor& weight, size_t row, float* out) {
     case Layout::kBf16:
       for (size_t col = 0; col < cols; ++col) out[col] = FloatFromBf16(half(col));
       break;
+    case Layout::kT8:
     case Layout::kT16:
       CopyTernaryRow(weight, row, out);
       break;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From exact integer sums of codes to scaled floats: shared by the ternary GEMV and GEMM.
+// From exact integer sums of codes to scaled floats: shared by the kernels on run-time tiles.
 
 #if defined(TERNARYFORGE_KERNELS_EPILOGUE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TERNARYFORGE_KERNELS_EPILOGUE_INL_H_
@@ -16,6 +16,7 @@
 
 #include "formats/packed_tensor.h"
 #include "formats/t16.h"
+#include "formats/t8.h"
 #include "kernels/quantize_acts.h"
 #include "simd/float-inl.h"
 
@@ -34,10 +35,11 @@ class Epilogue {
         groups_(weight.scales().PerRow(weight.cols())),
         group_chunks_(weight.scales().kind == ScaleKind::kGroup
                           ? weight.scales().group_size / kChunkCols
-                          : ChunkCount(weight.cols())) {}
+                          : ChunkCount(weight.cols())),
+        bias_(weight.layout() == Layout::kT8 ? static_cast<uint32_t>(kT8Bias) : 1) {}
 
-  // totals[row] += scale * (sum of the row's codes - sum of the group's activations), for 16 rows
-  // of a panel and one token. lane_sums: 16 sums for each lane of the token, `lane_stride` apart.
+  // totals[row] += scale * (sum of the row's codes - ActSum of the group), for 16 rows of a panel
+  // and one token. lane_sums: 16 sums for each lane of the token, `lane_stride` apart.
   HWY_INLINE void AddGroup(size_t panel, size_t group, size_t token, const int32_t* lane_sums,
                            size_t lane_stride, float* totals) const {
     const hn::Rebind<uint32_t, PartTag> du32;
@@ -45,8 +47,8 @@ class Epilogue {
     const auto act_sum = hn::Set(du32, ActSum(group, token));
     const Lanes scales = LoadScales(panel, group);
     for (size_t p = 0; p < kParts; ++p) {
-      // The codes are trit + 1, so every sum is too large by the sum of its activations. Unsigned,
-      // because parts may leave 32 bits where the result does not: |code| <= 32639, and CheckCols.
+      // The codes are trit + 1 or level + 4, so every sum is too large by ActSum. Unsigned, because
+      // parts may leave 32 bits where the result does not: |code| <= 32639, and CheckExact.
       const int32_t* from = lane_sums + p * kPartLanes;
       auto sums = hn::BitCast(du32, hn::LoadU(d32, from));
       if (acts_.lanes_per_token == 2) {
@@ -74,11 +76,11 @@ class Epilogue {
     return Load(scales_->single() + first);
   }
 
-  // Sums of the activations of a group, modulo 2^32.
+  // Sums of the activations of a group, times what a code is larger than its weight, modulo 2^32.
   HWY_INLINE uint32_t ActSum(size_t group, size_t token) const {
     const uint32_t* sums = acts_.prefix_sums + token * acts_.prefix_stride;
     const size_t end = std::min((group + 1) * group_chunks_, ChunkCount(weight_.cols()));
-    return sums[end] - sums[group * group_chunks_];
+    return bias_ * (sums[end] - sums[group * group_chunks_]);
   }
 
  private:
@@ -87,6 +89,7 @@ class Epilogue {
   const PanelScales* scales_;
   size_t groups_;
   size_t group_chunks_;
+  uint32_t bias_;
 };
 
 }  // namespace tf::HWY_NAMESPACE

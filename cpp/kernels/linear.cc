@@ -9,6 +9,7 @@
 #include "kernels/dense_linear.h"
 #include "kernels/ternary_gemm.h"
 #include "kernels/ternary_gemv.h"
+#include "kernels/two_plane_linear.h"
 
 namespace tf {
 namespace {
@@ -16,15 +17,18 @@ namespace {
 void RunPanels(const LinearJob& job, const LinearInput& input, size_t tokens, ActivationMode mode,
                size_t panel_begin, size_t panel_end) {
   const PackedTensor& weight = *job.weight;
-  if (weight.alphabet() != Alphabet::kTrit) {
+  if (!IsTiles(weight.layout())) {
     DenseLinear(weight, input.floats(), tokens, input.stride(), panel_begin * kPanelRows,
                 std::min(panel_end * kPanelRows, weight.rows()), job.out, job.out_stride);
   } else if (mode == ActivationMode::kFloat) {
-    TernaryGemmFloat(weight, input.floats(), tokens, input.stride(), panel_begin, panel_end,
-                     job.out, job.out_stride);
+    const auto run = weight.layout() == Layout::kT8 ? TwoPlaneLinearFloat : TernaryGemmFloat;
+    run(weight, input.floats(), tokens, input.stride(), panel_begin, panel_end, job.out,
+        job.out_stride);
   } else {
     const QuantizedActs acts = input.Quantized(mode, tokens);
-    const auto run = acts.block <= kMaxGemvLanes ? TernaryGemv : TernaryGemm;
+    const auto run = weight.layout() == Layout::kT8 ? TwoPlaneLinear
+                     : acts.block <= kMaxGemvLanes  ? TernaryGemv
+                                                    : TernaryGemm;
     run(weight, acts, tokens, panel_begin, panel_end, job.out, job.out_stride);
   }
 }
@@ -36,6 +40,18 @@ void CheckCols(ActivationMode mode, size_t cols) {
   const size_t limit = mode == ActivationMode::kInt16 ? size_t{1} << 16 : size_t{1} << 19;
   Check(cols <= limit, "[activations] ", mode == ActivationMode::kInt16 ? "int16" : "int8",
         " sums are exact up to ", limit, " columns, got ", cols, ": use float activations");
+}
+
+void CheckExact(ActivationMode mode, const PackedTensor& weight) {
+  CheckCols(mode, weight.cols());
+  const Scales& scales = weight.scales();
+  const size_t together =
+      scales.kind == ScaleKind::kGroup ? std::min(scales.group_size, weight.cols()) : weight.cols();
+  Check(weight.layout() != Layout::kT8 || mode != ActivationMode::kInt16 ||
+            together <= size_t{1} << 14,
+        "[activations] int16 sums of two planes are exact up to 16384 columns that share a scale, "
+        "got ",
+        together, ": use float activations");
 }
 
 LinearInput::LinearInput(size_t max_tokens, size_t max_cols)
@@ -80,7 +96,7 @@ void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const Lin
 void ApplyLinear(const PackedTensor& weight, const float* x, size_t tokens, ActivationMode mode,
                  const Team& team, float* out) {
   const size_t cols = weight.cols();
-  CheckCols(mode, cols);
+  CheckExact(mode, weight);
   LinearInput input(tokens, cols);
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(x + t * cols, cols, input.Row(t));

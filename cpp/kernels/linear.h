@@ -16,6 +16,10 @@ namespace tf {
 // kInt8 takes 2^19 columns (see ternary_gemv.h), kInt16 2^16 (2^16 * 32639 < 2^31).
 void CheckCols(ActivationMode mode, size_t cols);
 
+// The same for the columns of `weight`; of two planes, whose levels go to 4, kInt16 takes 2^14
+// columns that share a scale (4 * 2^14 * 32639 < 2^31).
+void CheckExact(ActivationMode mode, const PackedTensor& weight);
+
 // The input of linear layers: up to `max_tokens` rows of up to `max_cols` floats, and their
 // quantized form on demand.
 class LinearInput {
@@ -43,13 +47,14 @@ class LinearInput {
 
 // One layer to apply: out[t * out_stride + row].
 struct LinearJob {
-  const PackedTensor* weight;  // layout f32, f16, bf16, int8, t16 or t20
+  const PackedTensor* weight;  // layout f32, f16, bf16, int8, t8, t16 or t20
   float* out;
   size_t out_stride;
 };
 
-// Runs this worker's share of all jobs on the first `tokens` rows of the input. Ternary weights
-// need these rows quantized in `mode`. The result does not depend on the number of workers.
+// Runs this worker's share of all jobs on the first `tokens` rows of the input. Weights of
+// trits, and of two planes of them, need these rows quantized in `mode`. The result does not depend
+// on the number of workers.
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,
                 size_t tokens, ActivationMode mode);
 

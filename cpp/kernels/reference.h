@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scalar ternary arithmetic, written from the formats and the arithmetic contract, not from the
-// kernels.
+// kernels. Trits may also be the levels of two planes.
 #pragma once
 
 #include <cstddef>

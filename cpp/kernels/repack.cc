@@ -12,6 +12,7 @@
 #include "formats/hf_packed.h"
 #include "formats/t16.h"
 #include "formats/t20.h"
+#include "formats/t8.h"
 #include "formats/ternary_codec.h"
 
 namespace tf {
@@ -66,6 +67,18 @@ void PutRow(const uint8_t* codes, size_t cols, size_t row, uint8_t* tiles) {
     std::memcpy(rest, codes + whole_tiles * kT16TileCols, cols % kT16TileCols);
     const uint32_t word = InterleavePlanes(rest, 0);
     std::memcpy(to + whole_tiles * kTileBytes, &word, sizeof(word));
+  }
+}
+
+// A row of two planes into the tiles of its panel. first, second: the bytes that hold its codes,
+// each `shift` bits up; a code of the tile is 3 * first + second.
+void PutTwoPlaneRow(const uint8_t* first, const uint8_t* second, size_t shift, size_t cols,
+                    uint8_t* to) {
+  for (size_t col = 0; col < cols; ++col) {
+    const int code = 3 * (first[col] >> shift & 3) + (second[col] >> shift & 3);
+    uint8_t& byte = to[col / kT8TileCols * kTileBytes + col % 4];
+    const size_t place = T8Shift(col);
+    byte = static_cast<uint8_t>((byte & ~(15 << place)) | (code << place));
   }
 }
 
@@ -148,7 +161,42 @@ void RetilePanel(const T20Shape& shape, const uint8_t* from, uint8_t* to) {
     std::memcpy(to, from + tail_tile * kTileBytes, T16PanelBytes(shape.cols - shape.tail_begin));
 }
 
+void CheckTrits(std::span<const uint8_t> codes) {
+  if (HfPackedIsValid(codes)) return;
+  throw FormatError(
+      "[repack] a code is 3, which stands for no trit: the data is not ternary or is damaged");
+}
+
 }  // namespace
+
+PackedTensor RepackT8(const PackedTensor& weight, const Team& team) {
+  if (weight.layout() == Layout::kT8) return weight;
+  Check(weight.layout() == Layout::kTwoPlane, "[repack] only two_plane can become t8, got ",
+        LayoutName(weight.layout()));
+  CheckTrits(weight.bytes());
+  const size_t rows = weight.rows(), cols = weight.cols(), quarter = rows / 4;
+  uint8_t* tiles = nullptr;
+  PackedTensor result = PackedTensor::Allocate(Layout::kT8, rows, cols, weight.scales(), &tiles);
+  team.Run([&](Worker& worker) {
+    const Range panels = worker.Share(PanelCount(rows));
+    for (size_t panel = panels.begin; panel < panels.end; ++panel) {
+      uint8_t* to = tiles + panel * T8PanelBytes(cols);
+      std::memset(to, kT8Zeros, T8PanelBytes(cols));
+      const size_t begin = panel * kPanelRows, end = std::min(rows, begin + kPanelRows);
+      for (size_t row = begin; row < end; ++row) {
+        const uint8_t* first = weight.bytes().data() + row % quarter * cols;
+        PutTwoPlaneRow(first, first + quarter * cols, 2 * (row / quarter), cols,
+                       to + 4 * (row - begin));
+      }
+    }
+  });
+  return result;
+}
+
+PackedTensor RepackTiles(const PackedTensor& weight, const Team& team) {
+  if (weight.alphabet() == Alphabet::kNineLevels) return RepackT8(weight, team);
+  return weight.alphabet() == Alphabet::kTrit ? RepackT16(weight, team) : weight;
+}
 
 PackedTensor RepackT20(const PackedTensor& weight, const Team& team) {
   if (weight.layout() == Layout::kT20) return weight;
@@ -173,10 +221,7 @@ PackedTensor RepackT16(const PackedTensor& weight, const Team& team) {
     return RepackFileLayout(*codec, weight, team);
   Check(weight.layout() == Layout::kHfPacked,
         "[repack] hf_packed and file layouts become t16, got ", LayoutName(weight.layout()));
-  if (!HfPackedIsValid(weight.bytes())) {
-    throw FormatError(
-        "[repack] a code is 3, which stands for no trit: the data is not ternary or is damaged");
-  }
+  CheckTrits(weight.bytes());
   uint8_t* tiles = nullptr;
   PackedTensor result =
       PackedTensor::Allocate(Layout::kT16, weight.rows(), weight.cols(), weight.scales(), &tiles);

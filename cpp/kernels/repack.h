@@ -17,4 +17,11 @@ PackedTensor RepackT16(const PackedTensor& weight, const Team& team);
 // The same ternary matrix in layout t20. weight: layout t16, or t20 (returned as it is).
 PackedTensor RepackT20(const PackedTensor& weight, const Team& team);
 
+// The same matrix of two tied planes in layout t8; scales are kept. weight: layout two_plane, or t8
+// (returned as it is). Throws as RepackT16.
+PackedTensor RepackT8(const PackedTensor& weight, const Team& team);
+
+// RepackT16 of trits, RepackT8 of two planes; any other alphabet as it is.
+PackedTensor RepackTiles(const PackedTensor& weight, const Team& team);
+
 }  // namespace tf

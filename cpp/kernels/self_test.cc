@@ -15,6 +15,7 @@
 #include "base/parallel.h"
 #include "formats/hf_packed.h"
 #include "formats/t16.h"
+#include "formats/two_plane.h"
 #include "kernels/activation.h"
 #include "kernels/attention.h"
 #include "kernels/dense_linear.h"
@@ -26,6 +27,7 @@
 #include "kernels/rope.h"
 #include "kernels/softmax.h"
 #include "kernels/ternary_gemv.h"
+#include "kernels/two_plane_linear.h"
 
 namespace tf {
 namespace {
@@ -43,10 +45,11 @@ class Tester {
     return values;
   }
 
-  std::vector<int8_t> Trits(size_t size) {
-    std::vector<int8_t> trits(size);
-    for (int8_t& trit : trits) trit = static_cast<int8_t>(Int(-1, 1));
-    return trits;
+  std::vector<int8_t> Trits(size_t size) { return Levels(size, 1); }
+  std::vector<int8_t> Levels(size_t size, int max_level) {
+    std::vector<int8_t> levels(size);
+    for (int8_t& level : levels) level = static_cast<int8_t>(Int(-max_level, max_level));
+    return levels;
   }
 
   // `magnitude` is what rounding errors grow with.
@@ -93,6 +96,16 @@ PackedTensor Pack(const std::vector<int8_t>& trits, size_t rows, size_t cols, Sc
       PackedTensor::Allocate(Layout::kHfPacked, rows, cols, std::move(scales), &bytes);
   HfPack(trits, rows, cols, {bytes, packed.bytes().size()});
   return RepackT16(packed, Team(1));
+}
+
+// The same for two planes, through two_plane.
+PackedTensor PackLevels(const std::vector<int8_t>& levels, size_t rows, size_t cols,
+                        Scales scales) {
+  uint8_t* bytes = nullptr;
+  const PackedTensor packed =
+      PackedTensor::Allocate(Layout::kTwoPlane, rows, cols, std::move(scales), &bytes);
+  TwoPlanePack(levels, rows, cols, {bytes, packed.bytes().size()});
+  return RepackT8(packed, Team(1));
 }
 
 void TestTernaryDot(Tester& test, size_t rows, size_t cols) {
@@ -145,6 +158,46 @@ void TestTernaryLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, s
       for (size_t row = 0; row < rows; ++row) {
         test.ExpectNear(StrCat("ternary linear, activations up to ", max_code), expected[row],
                         static_cast<double>(out[t * rows + row]), 4 * Magnitude(token));
+      }
+    }
+  }
+}
+
+void TestTwoPlaneDot(Tester& test, size_t rows, size_t cols) {
+  std::vector<int8_t> levels = test.Levels(rows * cols, 4);
+  std::fill_n(levels.begin(), cols, int8_t{4});
+  const PackedTensor weight =
+      PackLevels(levels, rows, cols, RandomScales(test, ScaleKind::kTensor, rows, cols));
+  for (const int extreme : {0, 127, -128}) {
+    AlignedArray<int8_t> codes(PaddedCols(cols));
+    for (size_t i = 0; i < cols; ++i)
+      codes[i] = static_cast<int8_t>(extreme != 0 ? extreme : test.Int(-128, 127));
+    std::vector<int32_t> sums(rows);
+    TwoPlaneDot(weight, codes.data(), 0, PanelCount(rows), sums.data());
+    test.Expect(StrCat("two-plane dot ", rows, " x ", cols, ", activations of ", extreme),
+                sums == reference::TernaryDot(levels, rows, codes.span().first(cols)));
+  }
+}
+
+void TestTwoPlaneLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, size_t tokens) {
+  const std::vector<int8_t> levels = test.Levels(rows * cols, 4);
+  const Scales scales = RandomScales(test, kind, rows, cols);
+  const PackedTensor weight = PackLevels(levels, rows, cols, scales);
+  const std::vector<float> x = test.Floats(tokens * cols);
+  const std::pair<ActivationMode, int> modes[] = {{ActivationMode::kInt8, kInt8MaxCode},
+                                                  {ActivationMode::kInt16, kInt16MaxCode},
+                                                  {ActivationMode::kFloat, 0}};
+  for (const auto& [mode, max_code] : modes) {
+    std::vector<float> out(tokens * rows);
+    ApplyLinear(weight, x.data(), tokens, mode, Team(2), out.data());
+    for (size_t t = 0; t < tokens; ++t) {
+      const std::span<const float> token = std::span(x).subspan(t * cols, cols);
+      const std::vector<double> expected =
+          max_code == 0 ? reference::TernaryLinearF32(levels, rows, scales, token)
+                        : reference::TernaryLinearInteger(levels, rows, scales, token, max_code);
+      for (size_t row = 0; row < rows; ++row) {
+        test.ExpectNear(StrCat("two-plane linear, activations up to ", max_code), expected[row],
+                        static_cast<double>(out[t * rows + row]), 16 * Magnitude(token));
       }
     }
   }
@@ -262,9 +315,12 @@ std::vector<std::string> SelfTest() {
   const std::pair<size_t, size_t> shapes[] = {{4, 1}, {16, 16}, {20, 33}, {36, 257}, {48, 6912}};
   for (const auto& [rows, cols] : shapes) {
     TestTernaryDot(test, rows, cols);
+    TestTwoPlaneDot(test, rows, cols);
     for (const ScaleKind kind : {ScaleKind::kTensor, ScaleKind::kRow, ScaleKind::kGroup}) {
-      for (const size_t tokens : {1u, 2u, 3u, 9u})
+      for (const size_t tokens : {1u, 2u, 3u, 9u}) {
         TestTernaryLinear(test, kind, rows, std::min<size_t>(cols, 700), tokens);
+        TestTwoPlaneLinear(test, kind, rows, std::min<size_t>(cols, 700), tokens);
+      }
     }
     TestDenseLinear(test, rows, std::min<size_t>(cols, 300), 3);
   }

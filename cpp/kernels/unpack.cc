@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "formats/t16.h"
+#include "formats/t8.h"
 
 namespace tf {
 
@@ -13,11 +14,13 @@ void CopyTernaryRow(const PackedTensor& weight, size_t row, float* out) {
   const Scales& scales = weight.scales();
   const size_t group_cols = scales.kind == ScaleKind::kGroup ? scales.group_size : cols;
   const uint8_t* tiles = weight.bytes().data();
+  const bool two_planes = weight.layout() == Layout::kT8;
   for (size_t begin = 0; begin < cols; begin += group_cols) {
     const float scale = weight.ScaleAt(row, begin / group_cols);
     for (size_t col = begin; col < std::min(begin + group_cols, cols); ++col) {
-      const int code = tiles[T16Byte(cols, row, col)] >> T16Shift(col) & 3;
-      out[col] = static_cast<float>(code - 1) * scale;
+      const int level = two_planes ? (tiles[T8Byte(cols, row, col)] >> T8Shift(col) & 15) - kT8Bias
+                                   : (tiles[T16Byte(cols, row, col)] >> T16Shift(col) & 3) - 1;
+      out[col] = static_cast<float>(level) * scale;
     }
   }
 }

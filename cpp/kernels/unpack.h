@@ -8,8 +8,9 @@
 
 namespace tf {
 
-// out[col] = trit * scale of row `row` of a matrix in layout t16. A row touches 4 of every 64 bytes
-// of its panel, so one copy of a tied embedding serves the look-up and the head.
+// out[col] = trit (or level) * scale of row `row` of a matrix in layout t16 (or t8). A row touches
+// 4 of every 64 bytes of its panel, so one copy of a tied embedding serves the look-up and the
+// head.
 void CopyTernaryRow(const PackedTensor& weight, size_t row, float* out);
 
 }  // namespace tf

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "kernels/linear.h"
 #include "kernels/repack.h"
 #include "model/transformer.h"
 
@@ -68,7 +69,8 @@ void Transformer::ReplaceLinear(const std::string& slot, PackedTensor tensor) {
   Check(tensor.rows() == weight.rows() && tensor.cols() == weight.cols(), "[replace] '", slot,
         "' is ", weight.rows(), " x ", weight.cols(), ", got ", tensor.rows(), " x ",
         tensor.cols());
-  if (tensor.alphabet() == Alphabet::kTrit) tensor = RepackT16(tensor, team_);
+  tensor = RepackTiles(tensor, team_);
+  CheckExact(mode_, tensor);
   weight = std::move(tensor);
 }
 

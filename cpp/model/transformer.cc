@@ -99,6 +99,7 @@ Transformer::Transformer(ModelSpec spec, std::map<std::string, PackedTensor> ten
                        Largest(spec_, PartsSize)) {
   std::fill_n(ones_.data(), ones_.size(), 1.0f);
   CheckCols(mode, input_.stride());
+  weights_.CheckSums(mode);
   const size_t scratch = Largest(spec_, [](const LayerSpec& layer) {
     return AttentionScratch(layer.heads / layer.kv_heads, layer.head_dim);
   });
@@ -429,7 +430,7 @@ void Transformer::RunHead(Worker& worker, std::span<const Position> slice) {
     const Range share = worker.Share(slice.size());
     if (share.begin <= t && t < share.end) {
       Norm(weights_.final_norm, hidden_[t], input_.Row(rows));
-      if (weights_.head.alphabet() == Alphabet::kTrit) Prepare(rows, wanted, spec_.hidden_size);
+      if (IsTiles(weights_.head.layout())) Prepare(rows, wanted, spec_.hidden_size);
     }
     ++rows;
   }

@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "kernels/dense_linear.h"
+#include "kernels/linear.h"
 #include "kernels/repack.h"
 
 namespace tf {
@@ -83,12 +84,11 @@ class Taker {
     tiles_ = choose(ternary_weights);
   }
 
-  // Ternary matrices become run-time tiles; others stay as they are.
+  // Matrices of trits, and of two planes of them, become run-time tiles; others stay as they are.
   PackedTensor Matrix(const std::string& name) {
     PackedTensor tensor = std::move(tensors_.at(name));
-    if (tensor.alphabet() != Alphabet::kTrit) return tensor;
     try {
-      return RepackT16(tensor, team_);
+      return RepackTiles(tensor, team_);
     } catch (const FormatError& error) {
       throw FormatError(StrCat("[model] weight '", name, "': ", error.what()));
     }
@@ -177,6 +177,12 @@ size_t ModelWeights::Parameters() const {
     }
   }
   return parameters;
+}
+
+void ModelWeights::CheckSums(ActivationMode mode) const {
+  for (const LayerWeights& layer : layers) {
+    for (const Linear* linear : Linears(layer)) CheckExact(mode, linear->weight);
+  }
 }
 
 ModelWeights TakeWeights(const ModelSpec& spec, std::map<std::string, PackedTensor> tensors,

@@ -10,6 +10,7 @@
 #include "base/aligned.h"
 #include "base/parallel.h"
 #include "formats/packed_tensor.h"
+#include "kernels/quantize_acts.h"
 #include "model/adapters.h"
 #include "model/spec.h"
 
@@ -61,6 +62,8 @@ struct ModelWeights {
   size_t MaxRank() const;
   // Weights of the layers' matrices.
   size_t Parameters() const;
+  // Throws as CheckExact for a matrix of the layers whose sums could leave 32 bits.
+  void CheckSums(ActivationMode mode) const;
 
   // The linear layer or the norm "layers.I.NAME". Throws std::invalid_argument where there is none.
   Linear& LinearAt(const std::string& slot);

@@ -11,6 +11,7 @@
 #include "base/aligned.h"
 #include "base/check.h"
 #include "kernels/second_moments.h"
+#include "quant/nearest_level.h"
 #include "quant/packer.h"
 #include "quant/stored_scale.h"
 #include "quant/weight_scan.h"
@@ -33,31 +34,46 @@ void CheckActivations(std::span<const float> x, size_t cols) {
 
 size_t Panels(size_t cols) { return DivCeil(cols, kMomentPanel); }
 
-// One run of a row: values and importances, most important first where the rule sorts.
 struct Weight {
   double size;
   double importance;
 };
 
-double FitScale(std::span<Weight> run) {
-  std::ranges::sort(run, [](const Weight& a, const Weight& b) { return a.size > b.size; });
-  double sum = 0, mass = 0, best = 0, best_energy = -1;
+// Where the nearest level of one weight grows by one as the scale falls: below `scale`. What that
+// adds to the sums of h|w|l and of h l^2.
+struct Step {
+  double scale;
+  double product;
+  double square;
+};
+
+double FitScale(std::span<const Weight> run, int max_level, std::span<Step> steps) {
+  size_t count = 0;
   for (const Weight& weight : run) {
-    sum += weight.importance * weight.size;
-    mass += weight.importance;
-    const double energy = sum * sum / mass;
+    for (int level = 0; level < max_level; ++level) {
+      steps[count++] = {weight.size / (level + 0.5), weight.importance * weight.size,
+                        weight.importance * (2 * level + 1)};
+    }
+  }
+  steps = steps.first(count);
+  std::ranges::sort(steps, [](const Step& a, const Step& b) { return a.scale > b.scale; });
+  double products = 0, squares = 0, best = 0, best_energy = -1;
+  for (const Step& step : steps) {
+    products += step.product;
+    squares += step.square;
+    const double energy = products * products / squares;
     if (energy > best_energy) {
       best_energy = energy;
-      best = sum / mass;
+      best = products / squares;
     }
   }
   return best;
 }
 
-double ErrorOf(std::span<const Weight> run, double scale) {
+double ErrorOf(std::span<const Weight> run, int max_level, double scale) {
   double error = 0;
   for (const Weight& weight : run) {
-    const double rest = weight.size > scale / 2 ? weight.size - scale : weight.size;
+    const double rest = weight.size - NearestLevel(weight.size, scale, max_level) * scale;
     error += weight.importance * rest * rest;
   }
   return error;
@@ -75,14 +91,15 @@ double MeanSize(std::span<const Weight> run, double threshold) {
 }
 
 // 0 for a run that is all zero.
-double ScaleOf(std::span<Weight> run, ScaleRule rule) {
-  if (rule == ScaleRule::kFit) return FitScale(run);
+double ScaleOf(std::span<const Weight> run, int max_level, ScaleRule rule, std::span<Step> steps) {
+  if (rule == ScaleRule::kFit) return FitScale(run, max_level, steps);
   const double mean = MeanSize(run, -1.0);
   if (rule == ScaleRule::kAbsMean) return mean;
   if (rule == ScaleRule::kTwn) return MeanSize(run, kTwnThreshold * mean);
+  const double first_plane = max_level == 1 ? 1.0 : 3.0;
   double best = 0, least = std::numeric_limits<double>::infinity();
   for (int step = 10; step <= 60; ++step) {
-    const double scale = mean * step / 20.0, error = ErrorOf(run, scale);
+    const double scale = mean * step / 20.0 / first_plane, error = ErrorOf(run, max_level, scale);
     if (error < least) {
       least = error;
       best = scale;
@@ -95,19 +112,21 @@ double ScaleOf(std::span<Weight> run, ScaleRule rule) {
 class TileRounder {
  public:
   TileRounder(size_t cols, std::span<const double> factor, std::span<const double> importance,
-              ScaleRule rule, size_t run_cols)
+              Alphabet alphabet, ScaleRule rule, size_t run_cols)
       : cols_(cols),
         factor_(factor),
         importance_(importance),
+        max_level_(MaxLevel(alphabet)),
         rule_(rule),
         run_cols_(run_cols),
         weights_(cols * kTile),
         errors_(cols * kTile),
         unrounded_(std::min(run_cols, cols) * kTile),
-        run_(std::min(run_cols, cols)) {}
+        run_(std::min(run_cols, cols)),
+        steps_(run_.size() * static_cast<size_t>(max_level_)) {}
 
-  // `rows` <= kTile rows of target and trits; `scales` [rows, runs], or null with `scale` for all.
-  void Round(const double* target, size_t rows, float scale, float* scales, int8_t* trits) {
+  // `rows` <= kTile rows of target and levels; `scales` [rows, runs], or null with `scale` for all.
+  void Round(const double* target, size_t rows, float scale, float* scales, int8_t* levels) {
     for (size_t r = 0; r < kTile; ++r) {
       for (size_t k = 0; k < cols_; ++k) {
         weights_[k * kTile + r] = r < rows ? target[r * cols_ + k] : 0.0;
@@ -126,7 +145,7 @@ class TileRounder {
         }
       }
       for (size_t k = begin; k < end; ++k) {
-        RoundColumn(k, rows, run_scales, trits);
+        RoundColumn(k, rows, run_scales, levels);
         if (!factor_.empty()) Feed(k, k + 1, k + 1, end);
       }
       if (!factor_.empty()) Feed(begin, end, end, cols_);
@@ -164,16 +183,16 @@ class TileRounder {
       const double weight = weights_[k * kTile + r] - unrounded_[(k - begin) * kTile + r];
       run_[k - begin] = {std::abs(weight), importance_[k]};
     }
-    const double scale = ScaleOf(std::span(run_).first(end - begin), rule_);
+    const double scale = ScaleOf(std::span(run_).first(end - begin), max_level_, rule_, steps_);
     return scale > 0 ? static_cast<double>(StoredScale(scale)) : 0.0;
   }
 
-  void RoundColumn(size_t k, size_t rows, const double* scales, int8_t* trits) {
+  void RoundColumn(size_t k, size_t rows, const double* scales, int8_t* levels) {
     for (size_t r = 0; r < kTile; ++r) {
-      const double weight = Compensated(k, r), half = scales[r] / 2;
-      const int trit = scales[r] > 0 ? (weight > half) - (weight < -half) : 0;
-      if (r < rows) trits[r * cols_ + k] = static_cast<int8_t>(trit);
-      errors_[k * kTile + r] = weights_[k * kTile + r] - trit * scales[r];
+      const double scale = scales[r];
+      const int level = scale > 0 ? NearestLevel(Compensated(k, r), scale, max_level_) : 0;
+      if (r < rows) levels[r * cols_ + k] = static_cast<int8_t>(level);
+      errors_[k * kTile + r] = weights_[k * kTile + r] - level * scale;
     }
   }
 
@@ -195,12 +214,14 @@ class TileRounder {
   size_t cols_;
   std::span<const double> factor_;
   std::span<const double> importance_;
+  int max_level_;
   ScaleRule rule_;
   size_t run_cols_;
   AlignedArray<double> weights_;
   AlignedArray<double> errors_;
   AlignedArray<double> unrounded_;  // errors of one run, see Anticipate
   std::vector<Weight> run_;
+  std::vector<Step> steps_;
 };
 
 }  // namespace
@@ -258,12 +279,14 @@ void SumCrossMoments(std::span<const float> a, size_t cols_a, std::span<const fl
 
 void RoundWithFeedback(std::span<const double> target, size_t rows, size_t cols,
                        std::span<const double> factor, std::span<const double> importance,
-                       ScaleRule rule, ScaleKind kind, size_t group_size, const Team& team,
-                       std::span<int8_t> trits, std::span<float> scales) {
+                       Alphabet alphabet, ScaleRule rule, ScaleKind kind, size_t group_size,
+                       const Team& team, std::span<int8_t> levels, std::span<float> scales) {
   Check(scales.size() == ScaleCount(kind, group_size, rows, cols) && target.size() == rows * cols &&
-            trits.size() == rows * cols && importance.size() == cols &&
+            levels.size() == rows * cols && importance.size() == cols &&
             (factor.empty() || factor.size() == cols * cols),
         "[calibrate] sizes do not match ", rows, " x ", cols);
+  Check(alphabet == Alphabet::kTrit || rule == ScaleRule::kFit || rule == ScaleRule::kGrid,
+        "[calibrate] two planes take the rule fit or grid");
   const auto finite = [](double value) { return std::isfinite(value); };
   Check(std::ranges::all_of(target, finite), "[calibrate] the target must be finite");
   Check(std::ranges::all_of(importance, [](double h) { return h > 0 && std::isfinite(h); }),
@@ -281,7 +304,7 @@ void RoundWithFeedback(std::span<const double> target, size_t rows, size_t cols,
   // Made here, because nothing may throw inside a team.
   std::vector<TileRounder> rounders;
   for (size_t i = 0; i < small.threads(); ++i) {
-    rounders.emplace_back(cols, factor, importance, rule, run_cols);
+    rounders.emplace_back(cols, factor, importance, alphabet, rule, run_cols);
   }
   small.Run([&](Worker& worker) {
     const Range share = worker.Share(tiles);
@@ -289,7 +312,7 @@ void RoundWithFeedback(std::span<const double> target, size_t rows, size_t cols,
       const size_t row = tile * kTile;
       rounders[worker.index()].Round(
           target.data() + row * cols, std::min(kTile, rows - row), given ? scales[0] : 0.0f,
-          given ? nullptr : scales.data() + row * runs, trits.data() + row * cols);
+          given ? nullptr : scales.data() + row * runs, levels.data() + row * cols);
     }
   });
   for (size_t i = 0; i < scales.size(); ++i) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Coordinate descent over trits between joint solutions for the scales, in tiles of eight rows.
+// Coordinate descent over levels between joint solutions for the scales, in tiles of eight rows.
 #include "quant/descent.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 
 #include "base/aligned.h"
 #include "base/check.h"
+#include "quant/nearest_level.h"
 #include "quant/packer.h"
 #include "quant/stored_scale.h"
 
@@ -76,8 +77,10 @@ void Solve(const std::vector<double>& a, const std::vector<double>& b, std::vect
 // The rows of one tile on their way down.
 class Tile {
  public:
-  Tile(size_t cols, std::span<const double> moments, size_t run_cols, bool fixed_scale)
+  Tile(size_t cols, std::span<const double> moments, Alphabet alphabet, size_t run_cols,
+       bool fixed_scale)
       : cols_(cols),
+        max_level_(MaxLevel(alphabet)),
         runs_(DivCeil(cols, run_cols)),
         run_cols_(run_cols),
         fixed_scale_(fixed_scale),
@@ -90,21 +93,21 @@ class Tile {
         right_(runs_),
         scales_(runs_) {}
 
-  // `rows` <= kTile rows of target and trits; `scales` [rows, runs], or the one that all share.
-  void Run(const double* target, size_t rows, size_t rounds, size_t sweeps, int8_t* trits,
+  // `rows` <= kTile rows of target and levels; `scales` [rows, runs], or the one that all share.
+  void Run(const double* target, size_t rows, size_t rounds, size_t sweeps, int8_t* levels,
            float* scales) {
     Interleave(target, rows);
     std::ranges::fill(aimed_.span(), 0.0);
     Multiply(moments_.data(), cols_, 0, cols_, values_.data(), aimed_.data());
     for (size_t round = 0; round <= rounds; ++round) {
-      Interleave(trits, rows);
+      Interleave(levels, rows);
       std::ranges::fill(images_.span(), 0.0);
       for (size_t run = 0; run < runs_; ++run) {
         Multiply(moments_.data(), cols_, run * run_cols_, std::min(cols_, (run + 1) * run_cols_),
                  values_.data(), images_.data() + run * cols_ * kTile);
       }
       for (size_t r = 0; r < rows; ++r) {
-        RunRow(r, round == rounds ? 0 : sweeps, trits + r * cols_,
+        RunRow(r, round == rounds ? 0 : sweeps, levels + r * cols_,
                fixed_scale_ ? scales : scales + r * runs_);
       }
     }
@@ -120,9 +123,9 @@ class Tile {
     }
   }
 
-  void RunRow(size_t r, size_t sweeps, int8_t* trits, float* scales) {
-    MakeSystem(r, trits);
-    if (!fixed_scale_) Refit(r, trits, scales);
+  void RunRow(size_t r, size_t sweeps, int8_t* levels, float* scales) {
+    MakeSystem(r, levels);
+    if (!fixed_scale_) Refit(r, levels, scales);
     for (size_t run = 0; run < runs_; ++run) {
       scales_[run] = static_cast<double>(scales[fixed_scale_ ? 0 : run]);
     }
@@ -133,25 +136,25 @@ class Tile {
       }
     }
     for (size_t sweep = 0; sweep < sweeps; ++sweep) {
-      if (!Sweep(trits)) break;
+      if (!Sweep(levels)) break;
     }
   }
 
   // The error as a quadratic function of the scales: matrix_, right_.
-  void MakeSystem(size_t r, const int8_t* trits) {
+  void MakeSystem(size_t r, const int8_t* levels) {
     std::ranges::fill(matrix_, 0.0);
     std::ranges::fill(right_, 0.0);
     for (size_t k = 0; k < cols_; ++k) {
-      if (trits[k] == 0) continue;
+      if (levels[k] == 0) continue;
       const size_t run = k / run_cols_;
-      right_[run] += trits[k] * aimed_[k * kTile + r];
+      right_[run] += levels[k] * aimed_[k * kTile + r];
       for (size_t other = 0; other < runs_; ++other) {
-        matrix_[run * runs_ + other] += trits[k] * images_[(other * cols_ + k) * kTile + r];
+        matrix_[run * runs_ + other] += levels[k] * images_[(other * cols_ + k) * kTile + r];
       }
     }
   }
 
-  void Refit(size_t r, int8_t* trits, float* scales) {
+  void Refit(size_t r, int8_t* levels, float* scales) {
     for (size_t run = 0; run < runs_; ++run) scales_[run] = static_cast<double>(scales[run]);
     const double before = ErrorOfScales();
     std::vector<double> old = scales_;
@@ -168,7 +171,7 @@ class Tile {
       scales[run] = static_cast<float>(std::abs(scales_[run]));
       if (scales_[run] >= 0) continue;
       for (size_t k = run * run_cols_; k < std::min(cols_, (run + 1) * run_cols_); ++k) {
-        trits[k] = static_cast<int8_t>(-trits[k]);
+        levels[k] = static_cast<int8_t>(-levels[k]);
       }
       for (size_t k = 0; k < cols_; ++k) {
         double& image = images_[(run * cols_ + k) * kTile + r];
@@ -188,20 +191,20 @@ class Tile {
     return error;
   }
 
-  // Visits every trit once; whether one has changed.
-  bool Sweep(int8_t* trits) {
+  // Visits every level once; whether one has changed.
+  bool Sweep(int8_t* levels) {
     bool changed = false;
     for (size_t k = 0; k < cols_; ++k) {
       const double scale = scales_[k / run_cols_], own = moments_[k * cols_ + k];
       if (scale == 0) continue;
       // The change d of a weight changes the error by d (d own - 2 gradient): best near
       // gradient / own.
-      const double wish = trits[k] + gradient_[k] / (own * scale);
-      const int trit = (wish > 0.5) - (wish < -0.5);
-      if (trit == trits[k]) continue;
-      const double change = (trit - trits[k]) * scale;
+      const double wish = levels[k] + gradient_[k] / (own * scale);
+      const int level = NearestLevel(wish, 1.0, max_level_);
+      if (level == levels[k]) continue;
+      const double change = (level - levels[k]) * scale;
       if (change * (change * own - 2 * gradient_[k]) >= 0) continue;
-      trits[k] = static_cast<int8_t>(trit);
+      levels[k] = static_cast<int8_t>(level);
       const double* moment = moments_.data() + k * cols_;
       for (size_t i = 0; i < cols_; ++i) gradient_[i] -= change * moment[i];
       changed = true;
@@ -209,12 +212,14 @@ class Tile {
     return changed;
   }
 
-  size_t cols_, runs_, run_cols_;
+  size_t cols_;
+  int max_level_;
+  size_t runs_, run_cols_;
   bool fixed_scale_;
   std::span<const double> moments_;
   AlignedArray<double> aimed_;   // moments * target
-  AlignedArray<double> values_;  // target or trits, row beside row
-  AlignedArray<double> images_;  // moments * trits by run
+  AlignedArray<double> values_;  // target or levels, row beside row
+  AlignedArray<double> images_;  // moments * levels by run
   AlignedArray<double> gradient_;
   std::vector<double> matrix_, right_, scales_;
 };
@@ -222,10 +227,11 @@ class Tile {
 }  // namespace
 
 void Descend(std::span<const double> target, size_t rows, size_t cols,
-             std::span<const double> moments, ScaleKind kind, size_t group_size, size_t rounds,
-             size_t sweeps, const Team& team, std::span<int8_t> trits, std::span<float> scales) {
+             std::span<const double> moments, Alphabet alphabet, ScaleKind kind, size_t group_size,
+             size_t rounds, size_t sweeps, const Team& team, std::span<int8_t> levels,
+             std::span<float> scales) {
   Check(scales.size() == ScaleCount(kind, group_size, rows, cols) && target.size() == rows * cols &&
-            trits.size() == rows * cols && moments.size() == cols * cols,
+            levels.size() == rows * cols && moments.size() == cols * cols,
         "[calibrate] sizes do not match ", rows, " x ", cols);
   for (size_t k = 0; k < cols; ++k) {
     Check(moments[k * cols + k] > 0, "[calibrate] second moments have a positive diagonal, got ",
@@ -238,14 +244,14 @@ void Descend(std::span<const double> target, size_t rows, size_t cols,
   // Made here, because nothing may throw inside a team.
   std::vector<Tile> workspaces;
   for (size_t i = 0; i < small.threads(); ++i) {
-    workspaces.emplace_back(cols, moments, run_cols, fixed);
+    workspaces.emplace_back(cols, moments, alphabet, run_cols, fixed);
   }
   small.Run([&](Worker& worker) {
     const Range share = worker.Share(tiles);
     for (size_t tile = share.begin; tile < share.end; ++tile) {
       const size_t row = tile * kTile;
       workspaces[worker.index()].Run(target.data() + row * cols, std::min(kTile, rows - row),
-                                     rounds, sweeps, trits.data() + row * cols,
+                                     rounds, sweeps, levels.data() + row * cols,
                                      fixed ? scales.data() : scales.data() + row * runs);
     }
   });

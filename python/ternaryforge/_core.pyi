@@ -53,9 +53,10 @@ class formats:
         def __init__(
             self,
             layout: str,
-            # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16" "t20"; and those that hold their
-            # scales: "i2_s" "i2_s_64" "i2_s_rows4" "tq1_0" "tq2_0" "q1_0" "q2_0" "pq2_0" "ptq1_0" "q2_k" "q4_0"
-            # "iq1_bn" "iq2_bn", with scale_kind "none", or "tensor" for one more factor (GGUF: the .scale tensor)
+            # "f32" "f16" "bf16" "int8" "hf_packed" "onebit" "onebit_binary" "t16" "t20"; "two_plane" "t8" of two tied
+            # planes, whose codes are the levels -4 .. 4; and those that hold their scales: "i2_s" "i2_s_64"
+            # "i2_s_rows4" "tq1_0" "tq2_0" "q1_0" "q2_0" "pq2_0" "ptq1_0" "q2_k" "q4_0" "iq1_bn" "iq2_bn", with
+            # scale_kind "none", or "tensor" for one more factor (GGUF: the .scale tensor)
             rows: int,
             cols: int,
             data: object,  # any contiguous read-only buffer of the layout's size (memoryview, mmap slice, ndarray)
@@ -173,7 +174,7 @@ class kernels:
         cols: int,
         weight: int,  # layout_bytes(layout, rows, cols, group_size=group_size) bytes
         rows: int,
-        layout: str,  # "t16" or "t20"; ValueError for others
+        layout: str,  # "t8", "t16" or "t20"; ValueError for others
         scales: int,  # float32 [scale_count]: 1, rows, or rows x groups
         scale_count: int,
         group_size: int,  # 0 unless scales belong to groups
@@ -182,7 +183,9 @@ class kernels:
         threads: int,
     ) -> None: ...
     @staticmethod
-    def ternary_dot(codes: Int8, tensor: formats.PackedTensor) -> Int32: ...  # exact sums trit * code, [m, rows]
+    def ternary_dot(
+        codes: Int8, tensor: formats.PackedTensor
+    ) -> Int32: ...  # exact sums trit (or level) * code, [m, rows]
     @staticmethod
     def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float32: ...
     @staticmethod
@@ -282,19 +285,21 @@ class quant:
         scale: Literal["tensor", "row", "group"],
         group_size: int = 128,
         tensor_scale: float = 1.0,  # given under "tensor"
+        planes: Literal[1, 2] = 1,  # 2: levels -4 .. 4 = 3 * first + second trit; rules fit and grid
         threads: int = 1,
-    ) -> tuple[Int8, Float32]: ...  # trits [rows, cols]; scales, fp16-exact but under "tensor"
+    ) -> tuple[Int8, Float32]: ...  # levels [rows, cols]; scales, fp16-exact but under "tensor"
     @staticmethod
     def descend(
         target: Float64,
         moments: Float64,  # [cols, cols]
-        trits: Int8,  # changed in place
+        levels: Int8,  # changed in place
         scales: Float32,  # changed in place but under "tensor"
         *,
         scale: Literal["tensor", "row", "group"],
         group_size: int = 128,
         rounds: int = 4,
         sweeps: int = 4,
+        planes: Literal[1, 2] = 1,
         threads: int = 1,
     ) -> None: ...
 

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, calibrate_block
-from ternaryforge.calibration_linear import METHODS, Float32, LinearOptions, Method, QuantizedLinear
+from ternaryforge.calibration_linear import (
+    METHODS,
+    Float32,
+    LinearOptions,
+    Method,
+    Planes,
+    QuantizedLinear,
+    round_plainly,
+)
 from ternaryforge.calibration_text import WINDOW, CalibrationText, check_apart, draw_text, read_text
 from ternaryforge.calibration_tuning import WINDOW as TUNING_WINDOW
 from ternaryforge.calibration_tuning import Tuning, check_packages
@@ -35,7 +43,7 @@ from ternaryforge.quantization import ScaleKind
 from ternaryforge.report import Report
 from ternaryforge.rounding import RoundingOptions, check_options, rounded_shapes
 from ternaryforge.tokenizer import Tokenizer
-from ternaryforge.weights import load_weights, scale_name
+from ternaryforge.weights import load_weights, packed_shape, scale_name
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,6 +82,7 @@ class CalibrationReport(Report):
     method: str
     scale: str
     group_size: int | None
+    planes: int
     activations: str
     seed: int
     calibration_tokens: int
@@ -103,6 +112,7 @@ def calibrate(
     method: Method = "best",
     scale: ScaleKind = "group",
     group_size: int = 128,
+    planes: Planes = 1,
     tokens: int = 32_768,
     evaluation: str | os.PathLike[str] | None = None,
     propagation: float = 0.5,
@@ -125,6 +135,7 @@ def calibrate(
         scale: `tensor` writes a stock folder that plain transformers loads (with int8 activations);
             `row` or `group` a folder for this library.
         group_size: Columns that share a scale under `group`: a multiple of 64.
+        planes: 1 for trits; 2 for two tied planes of them, nine levels in 4 bits, under `row` and `group`.
         tokens: How many are drawn from `data`; an eighth of its documents is never drawn.
         evaluation: Text to measure the result on; None takes the documents that are never drawn.
         propagation: Under `best`, the share of the error of its input that a layer makes up for: 0 to 1.
@@ -146,7 +157,8 @@ def calibrate(
     """
     started = time.perf_counter()
     threads = _core.parallel.default_threads() if threads is None else threads
-    _check(method, scale, group_size, threads, tokens)
+    _check(method, scale, planes, tokens)
+    check_options("ls", scale, group_size, threads)
     targets = Targets(propagation, residual) if method == "best" else Targets(0.0, 0.0)
     targets.check()
     if descent_rounds < 0:
@@ -159,7 +171,7 @@ def calibrate(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"[calibrate] '{out}': there is something already; remove it or name another folder")
     with PeakAnonymous() as memory:
-        options = LinearOptions(method, scale, group_size, _DAMPING, descent_rounds, threads)
+        options = LinearOptions(method, scale, group_size, _DAMPING, descent_rounds, threads, planes)
         run = _Run(source, options, targets)
         text = read_text(data)
         measured = None if evaluation is None else read_text(evaluation)
@@ -183,6 +195,7 @@ def calibrate(
         method=method,
         scale=scale,
         group_size=group_size if scale == "group" else None,
+        planes=planes,
         activations=run.activations,
         seed=seed,
         calibration_tokens=drawn.tokens,
@@ -205,10 +218,15 @@ def calibrate(
     )
 
 
-def _check(method: str, scale: str, group_size: int, threads: int, tokens: int) -> None:
+def _check(method: str, scale: str, planes: int, tokens: int) -> None:
     if method not in METHODS:
         raise ValueError(f"[calibrate] method is one of {', '.join(METHODS)}, got {method!r}")
-    check_options("ls", scale, group_size, threads)
+    if planes not in (1, 2):
+        raise ValueError(f"[calibrate] planes is 1 or 2, got {planes}")
+    if planes == 2 and scale == "tensor":
+        raise ValueError(
+            "[calibrate] a stock folder holds one plane of trits, got planes=2: use scale='group' or 'row'"
+        )
     if tokens < 1:
         raise ValueError(f"[calibrate] tokens is at least 1, got {tokens}")
 
@@ -271,7 +289,7 @@ class _Run:
         if tokenizer is None:
             raise ValueError(f"[calibrate] '{source}' must hold a tokenizer, got none: put its files there")
         self._tokenizer = tokenizer
-        self._rounding = RoundingOptions("ls", options.scale, options.group_size, options.threads)
+        self._rounding = RoundingOptions("ls", options.scale, options.group_size, options.threads, options.planes)
         self._shapes = rounded_shapes(self._architecture, self._rounding, str(source))
         self._refuse_shapes(where)
         self._options = options
@@ -339,14 +357,9 @@ class _Run:
         rounded = self._load(self.activations)
         for slot in self._architecture.spec.slots():
             if self._architecture.is_linear(slot):
-                trits, scales = _core.quant.quantize_weights(
-                    self._read(slot),
-                    scheme="ls",
-                    scale=self._options.scale,
-                    group_size=self._options.group_size,
-                    threads=self._options.threads,
+                rounded.replace_linear(
+                    slot, self._packed(*self._codes(*round_plainly(self._read(slot), self._options)))
                 )
-                rounded.replace_linear(slot, self._packed(*self._codes(trits, scales)))
         return self.perplexity(self._reference, text), self.perplexity(rounded, text)
 
     def quantize(self, drawn: CalibrationText, kept: _Kept, progress: Progress | None) -> int:
@@ -422,17 +435,19 @@ class _Run:
         return linear.trits * np.repeat(wide, self._options.run_cols(cols), axis=1)[:, :cols]
 
     def _codes(self, trits: NDArray[np.int8], scales: Float32) -> tuple[NDArray[np.uint8], Float32]:
-        """What the checkpoint holds: packed codes [rows / 4, cols] and scales, inverse in a stock folder."""
-        codes = _core.formats.pack(trits, "hf_packed").reshape(trits.shape[0] // 4, trits.shape[1])
+        """What the checkpoint holds: packed codes ([2,] rows / 4, cols) and scales, inverse in a stock folder."""
+        planes, (rows, cols) = self._options.planes, trits.shape
+        codes = _core.formats.pack(trits, "two_plane" if planes == 2 else "hf_packed")
+        codes = codes.reshape(packed_shape(rows, cols, planes))
         return codes, np.float32(1) / scales if self._options.scale == "tensor" else scales
 
     def _packed(self, codes: NDArray[np.uint8], stored: Float32) -> _core.formats.PackedTensor:
         group = self._options.group_size if self._options.scale == "group" else 0
         convention: Any = "divide" if self._options.scale == "tensor" else "multiply"
         return _core.formats.PackedTensor(
-            "hf_packed",
-            4 * codes.shape[0],
-            codes.shape[1],
+            "two_plane" if codes.ndim == 3 else "hf_packed",
+            4 * codes.shape[-2],
+            codes.shape[-1],
             codes.reshape(-1),
             scale_kind=self._options.scale,
             group_size=group,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One linear layer: from weights and moments of its input to trits and scales.
+"""One linear layer: from weights and moments of its input to trits, or two planes of them, and scales.
 
 With H the second moments of the input that the layer really sees, and D the moments of what its
 output lacks with that input, the weights that fit best are W + D H^-1. They are rounded by the
@@ -7,7 +7,7 @@ calibrator of the core; docs/guide/quantization.md has the formulas.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from ternaryforge import _core
 from ternaryforge.quantization import ScaleKind
 
 Method = Literal["grid", "fit", "gptq", "best"]
+Planes = Literal[1, 2]
 METHODS: tuple[Method, ...] = ("grid", "fit", "gptq", "best")
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
@@ -35,6 +36,7 @@ class LinearOptions:
     damping: float
     rounds: int
     threads: int
+    planes: Planes = 1
 
     def run_cols(self, cols: int) -> int:
         """Columns of a row that share a scale."""
@@ -43,7 +45,10 @@ class LinearOptions:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """`scales` as `quantize_weights` gives them; errors are relative to the output of the best weights."""
+    """`scales` as `quantize_weights` gives them; errors are relative to the output of the best weights.
+
+    Of two planes, `trits` are the levels -4 .. 4 = 3 * first trit + second trit.
+    """
 
     trits: NDArray[np.int8]
     scales: Float32
@@ -79,9 +84,7 @@ def quantize_linear(
         trits, scales = _round(target, factor, importance, options)
         if options.method == "best":
             _descend(target, damped, trits, scales, options)
-    plain = _core.quant.quantize_weights(
-        weights, scheme="ls", scale=options.scale, group_size=options.group_size, threads=options.threads
-    )
+    plain = round_plainly(weights, options)
     energy = _energy(target, moments)
     return QuantizedLinear(
         trits=trits,
@@ -89,6 +92,16 @@ def quantize_linear(
         error_before=_error(target, *plain, moments, options) / energy,
         error_after=_error(target, trits, scales, moments, options) / energy,
         dead_channels=int(np.count_nonzero(diagonal == 0)),
+    )
+
+
+def round_plainly(weights: Float32, options: LinearOptions) -> tuple[NDArray[np.int8], Float32]:
+    """Least squares without a look at the input: what calibration is measured against."""
+    if options.planes == 2:
+        even = np.ones(weights.shape[1])
+        return _round(weights.astype(np.float64), None, even, replace(options, method="fit"))
+    return _core.quant.quantize_weights(
+        weights, scheme="ls", scale=options.scale, group_size=options.group_size, threads=options.threads
     )
 
 
@@ -114,6 +127,7 @@ def _round(
             scale=options.scale,
             group_size=options.group_size,
             tensor_scale=tensor_scale,
+            planes=options.planes,
             threads=options.threads,
         )
         for part in _parts(len(target))
@@ -134,6 +148,7 @@ def _descend(
             scale=options.scale,
             group_size=options.group_size,
             rounds=options.rounds,
+            planes=options.planes,
             threads=options.threads,
         )
 

@@ -6,7 +6,8 @@ and read again. A mapped page counts as resident once it was touched, and loadin
 them, since every tensor is checked.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ternaryforge import _core
@@ -14,6 +15,7 @@ from ternaryforge.checkpoint import FLOAT_DTYPES
 from ternaryforge.checkpoint_writer import TensorPlan
 from ternaryforge.families import Architecture
 from ternaryforge.model import Activations, HeadMode, KvType, Layout
+from ternaryforge.weights import is_two_plane
 
 # Measured on Linux x86-64 with CPython 3.11 and NumPy 2: the interpreter, the libraries, the command line.
 PROCESS_ANONYMOUS = 20_000_000
@@ -80,7 +82,7 @@ class Footprint:
         self.file_bytes = file_bytes
         self._kept_bytes = kept_bytes
         self._has_tokenizer = has_tokenizer
-        packed: dict[str, tuple[int, int]] = {}  # ternary at run time
+        packed: dict[str, tuple[int, int]] = {}  # ternary, or two planes, at run time
         self.dense_bytes = 0  # of matrices that stay floating point, and stay mapped
         self.read_dense_bytes = 0  # those of them that every token reads: not the embedding, unless tied
         self.dense_linear_weights = 0
@@ -115,17 +117,17 @@ class Footprint:
                     self.read_dense_bytes += nbytes
                 if architecture.is_linear(slot):
                     self.dense_linear_weights += rows * cols
+        two_plane = {
+            slot
+            for slot in packed
+            if is_two_plane((tensor := tensors[architecture.tensor_names[slot]]).dtype, tensor.shape)
+        }
         self.packed_weights = sum(rows * cols for rows, cols in packed.values())
         if layout == "auto":
-            layout = _core.kernels.fastest_layout(self.packed_weights, activations=activations, threads=threads)
+            trits = self.packed_weights - sum(math.prod(packed[slot]) for slot in two_plane)
+            layout = _core.kernels.fastest_layout(trits, activations=activations, threads=threads)
         self.layout = layout
-        group_size = quantization.group_size if quantization is not None else 0
-        self.packed_bytes = sum(
-            _core.formats.layout_bytes(layout, rows, cols, group_size=group_size)
-            if layout == "t20" and slot.startswith("layers.")
-            else _core.formats.layout_bytes("t16", rows, cols)
-            for slot, (rows, cols) in packed.items()
-        )
+        self.packed_bytes = _packed_bytes(packed, two_plane, layout, quantization.group_size if quantization else 0)
         self.kv_bytes_per_token = _core.model.kv_bytes_per_token(spec, kv)
         table = tensors[architecture.tensor_names["embedding" if architecture.tied_head else "head"]]
         self.head_bytes = table.nbytes
@@ -202,6 +204,17 @@ def _scale_count(architecture: Architecture, rows: int, cols: int) -> int:
         case "group" if quantization is not None:
             return rows * -(-cols // quantization.group_size)
     return 1
+
+
+def _packed_bytes(
+    packed: Mapping[str, tuple[int, int]], two_plane: Collection[str], layout: str, group_size: int
+) -> int:
+    """All run-time tiles: those of two planes, those of the layers in `layout`, and the tables."""
+    total = 0
+    for slot, (rows, cols) in packed.items():
+        own = "t8" if slot in two_plane else layout if slot.startswith("layers.") else "t16"
+        total += _core.formats.layout_bytes(own, rows, cols, group_size=group_size if own == "t20" else 0)
+    return total
 
 
 def _workspace_bytes(slots: Mapping[str, tuple[int, int]], hidden: int) -> int:

@@ -17,7 +17,7 @@ from ternaryforge.onebit import MAGIC, read_onebit
 from ternaryforge.report import Report
 from ternaryforge.sources import find_source
 from ternaryforge.tokenizer import Tokenizer
-from ternaryforge.weights import check_tensor_names
+from ternaryforge.weights import check_tensor_names, is_two_plane
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Inspection(Report):
 
     `tensors` maps each dtype to count, elements and bytes. `head_bytes` is what each form of a
     floating-point output head reads for a token, by the name that `from_pretrained(head=...)` knows it
-    by; None where the configuration or the head says otherwise. `quantization` is None for dense weights,
+    by; None where the configuration or the head says otherwise. `quantization` is None for dense weights
+    (`two_plane_tensors` in it counts the layers that hold two planes of trits),
     `tokenizer` None where there is none. `warnings` says in whole sentences why the checkpoint
     cannot be used, or only in part. `engines` says of a GGUF or `.1bit` file what each engine does with it.
     """
@@ -69,6 +70,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
             architectures = [architecture.architecture]
             if architecture.quantization is not None:
                 quantization = asdict(architecture.quantization)
+                if count := sum(is_two_plane(info.dtype, info.shape) for info in map(checkpoint.info, checkpoint)):
+                    quantization["two_plane_tensors"] = count
             head_bytes = _head_bytes(checkpoint, architecture)
             check_tensor_names(checkpoint, architecture)
         except FormatError as error:

@@ -136,6 +136,10 @@ def _store(
 
 def _store_trits(slot: str, weight: _core.formats.PackedTensor, pack_mode: PackMode | None) -> StoredTensor:
     rows, cols = weight.rows, weight.cols
+    if weight.layout == "two_plane":
+        raise ValueError(
+            f"[export] '{slot}' holds two tied trit planes, which a .1bit file cannot; calibrate with planes=1"
+        )
     trits = _core.formats.unpack(weight.data, weight.layout, rows, cols)
     binary = bool(trits.all())
     if pack_mode == "binary" and not binary:

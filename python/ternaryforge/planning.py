@@ -32,7 +32,7 @@ from ternaryforge.report import Report
 from ternaryforge.rounding import SCHEMES, RoundingOptions, Scheme, check_options, rounded_shapes
 from ternaryforge.shapes import read_shape, stored_tensors
 from ternaryforge.sources import find_source
-from ternaryforge.weights import check_tensor_names, packed_rows
+from ternaryforge.weights import check_tensor_names, is_two_plane, packed_shape
 
 METHODS = ("none", *SCHEMES)
 """Methods that exist: run it as it is, or plain rounding by a scheme of `convert`."""
@@ -279,10 +279,12 @@ def _check_shapes(architecture: Architecture, tensors: Mapping[str, TensorPlan],
         tensor = tensors[name]
         vector = rows == 1 and len(tensor.shape) == 1
         total = architecture.parts.get(slot, Part(0, cols if vector else rows)).total
-        expected = (total,) if vector else (packed_rows(total) if tensor.dtype == "U8" else total, cols)
+        expected: tuple[int, ...] = (total,) if vector else (total, cols)
         mode = architecture.mode(slot)
         if mode == "binary":
             expected = (total, -(-cols // 8))
+        elif tensor.dtype == "U8":
+            expected = packed_shape(total, cols, 2 if is_two_plane(tensor.dtype, tensor.shape) else 1)
         if tensor.dtype == "U32" and architecture.quantization is not None:
             expected = (total, cols * architecture.quantization.code_bits // 32)
         if tensor.dtype not in (*FLOAT_DTYPES, "U8", "U32") and (mode, tensor.dtype) != ("int8", "I8"):

@@ -14,7 +14,7 @@ from ternaryforge.families import Architecture
 from ternaryforge.families.base import Part
 from ternaryforge.latents import LatentRule
 from ternaryforge.quantization import ScaleKind
-from ternaryforge.weights import packed_rows, scale_name
+from ternaryforge.weights import packed_shape, scale_name
 
 Scheme = Literal["ls", "absmean", "absmax", "twn"]
 
@@ -42,12 +42,13 @@ def scale_text(scale: str, group_size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RoundingOptions:
-    """How weights are rounded; see `convert`."""
+    """How weights are rounded; see `convert`, and `calibrate` for `planes`."""
 
     scheme: Scheme
     scale: ScaleKind
     group_size: int
     threads: int
+    planes: int = 1
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
         """The shape of the scales of a matrix."""
@@ -80,7 +81,7 @@ class RoundingOptions:
         """The tensors of the result: those of the source, but codes and scales for the matrices of `shapes`."""
         plan = [tensor for tensor in tensors if tensor.name not in shapes]
         for name, (rows, cols) in shapes.items():
-            plan.append(TensorPlan(name, "U8", (packed_rows(rows), cols)))
+            plan.append(TensorPlan(name, "U8", packed_shape(rows, cols, self.planes)))
             plan.append(TensorPlan(scale_name(name), "F32", self.scale_shape(rows, cols)))
         return plan
 

@@ -72,6 +72,16 @@ def packed_rows(rows: int) -> int:
     return -(-rows // 4)
 
 
+def packed_shape(rows: int, cols: int, planes: int = 1) -> tuple[int, ...]:
+    """The shape of the U8 tensor that holds the codes of one or two trit planes."""
+    return (packed_rows(rows), cols) if planes == 1 else (2, packed_rows(rows), cols)
+
+
+def is_two_plane(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a linear layer holds two planes: no other form has three dimensions."""
+    return dtype == "U8" and len(shape) == 3
+
+
 def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raises FormatError for a tensor that is missing, and for one that no part of the model takes."""
     for slot, name in architecture.tensor_names.items():
@@ -103,7 +113,7 @@ def check_tensor_names(checkpoint: Checkpoint, architecture: Architecture) -> No
 class _Codes:
     """A whole tensor as codes, of which slots take rows."""
 
-    layout: Literal["t16", "int8"]
+    layout: Literal["t16", "t8", "int8"]
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
     scale_kind: ScaleKind
@@ -118,7 +128,7 @@ class _Codes:
             self.layout,
             rows,
             cols,
-            _core.formats.pack(codes, "t16") if self.layout == "t16" else codes,
+            codes if self.layout == "int8" else _core.formats.pack(codes, self.layout),
             scale_kind=self.scale_kind,
             group_size=self.group_size,
             convention=self.convention,
@@ -224,7 +234,10 @@ class _Loader:
                 "of 4: keep this layer dense"
             )
         byte_rows = packed_rows(stored_rows)
-        _check_shape(info, (byte_rows, cols), f": four of the {stored_rows} rows in a byte")
+        found = 2 if is_two_plane(info.dtype, info.shape) and not quantization.strict else 1
+        planes = {"ternary": 1, "two_plane": 2}.get(self._architecture.mode(slot) or "", found)
+        _check_shape(info, packed_shape(stored_rows, cols, planes), f": four of the {stored_rows} rows in a byte")
+        layout: Literal["hf_packed", "two_plane"] = "hf_packed" if planes == 1 else "two_plane"
         raw = self._checkpoint.raw(info.name)
         if not _core.formats.hf_packed_is_valid(np.frombuffer(raw, np.uint8)):
             raise FormatError(
@@ -234,7 +247,7 @@ class _Loader:
         chosen = self._chosen(slot, rows)
         if isinstance(chosen, slice) and chosen == slice(0, stored_rows) and stored_rows % 4 == 0:
             return _core.formats.PackedTensor(
-                "hf_packed",
+                layout,
                 rows,
                 cols,
                 raw,
@@ -245,8 +258,8 @@ class _Loader:
             )
 
         def decode() -> _Codes:
-            codes = _core.formats.unpack(np.frombuffer(raw, np.uint8), "hf_packed", 4 * byte_rows, cols)
-            return self._ternary(info.name, codes[:stored_rows], quantization)
+            codes = _core.formats.unpack(np.frombuffer(raw, np.uint8), layout, 4 * byte_rows, cols)
+            return self._ternary(info.name, codes[:stored_rows], quantization, "t16" if planes == 1 else "t8")
 
         return self._codes(info.name, decode).rows(chosen)
 
@@ -320,9 +333,11 @@ class _Loader:
 
         return self._codes(info.name, decode)
 
-    def _ternary(self, name: str, codes: NDArray[np.int8], quantization: Quantization) -> _Codes:
+    def _ternary(
+        self, name: str, codes: NDArray[np.int8], quantization: Quantization, layout: Literal["t16", "t8"] = "t16"
+    ) -> _Codes:
         scales = _read_scales(self._checkpoint, name, codes.shape[0], codes.shape[1], quantization)
-        return _Codes("t16", codes, scales, quantization.scale, quantization.group_size, quantization.convention)
+        return _Codes(layout, codes, scales, quantization.scale, quantization.group_size, quantization.convention)
 
     def _from_latents(
         self, slot: str, info: TensorInfo, rows: int, cols: int, rule: LatentRule

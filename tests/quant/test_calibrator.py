@@ -12,6 +12,7 @@ from ternaryforge import _core
 
 Float32, Float64 = NDArray[np.float32], NDArray[np.float64]
 Trits = NDArray[np.int8]
+LARGEST = {1: 1, 2: 4}  # level, by planes
 
 
 def make_moments(random: np.random.Generator, cols: int) -> Float64:
@@ -40,19 +41,35 @@ def stored(scale: float) -> float:
     return float(max(np.float16(scale), np.float16(2**-24))) if scale > 0 else 0.0
 
 
-def best_scale(sizes: Float64, importance: Float64) -> float:
-    """Exhaustive: the weighted least-squares scale of every one of the 2^n supports."""
-    found, least = 0.0, np.inf
-    for support in itertools.product([0.0, 1.0], repeat=len(sizes)):
-        taken = np.array(support) * importance
-        scale = (taken @ sizes) / taken.sum() if taken.sum() else 0.0
-        error = importance @ (sizes - scale * np.array(support)) ** 2
+def best_scale(sizes: Float64, importance: Float64, planes: int) -> float:
+    """Exhaustive: the weighted least-squares scale of every choice of levels, 2^n or 5^n of them."""
+    every = np.array(list(itertools.product(range(LARGEST[planes] + 1), repeat=len(sizes))), np.float64)[1:]
+    scales = every @ (importance * sizes) / (every**2 @ importance)
+    errors = ((sizes - scales[:, None] * every) ** 2) @ importance
+    return float(scales[errors.argmin()])
+
+
+def nearest(weights: Float64, scale: Float64, planes: int) -> Trits:
+    """Of two levels at the same distance the one nearer to 0."""
+    levels = np.arange(-LARGEST[planes], LARGEST[planes] + 1)
+    levels = levels[np.argsort(np.abs(levels), kind="stable")]
+    return levels[np.abs(weights[..., None] - levels * np.asarray(scale)[..., None]).argmin(-1)].astype(np.int8)
+
+
+def fitted_scale(sizes: Float64, importance: Float64, planes: int) -> float:
+    """The exact optimum by trying the levels between every two scales at which a level changes."""
+    steps = np.sort((sizes[:, None] / (np.arange(LARGEST[planes]) + 0.5)).reshape(-1))[::-1]
+    best, least = 0.0, np.inf
+    for scale in (steps + np.append(steps[1:], 0)) / 2:
+        levels = np.minimum(np.ceil(sizes / max(scale, 1e-30) - 0.5), LARGEST[planes])
+        found = (importance * sizes) @ levels / (importance @ levels**2)
+        error = importance @ (sizes - found * levels) ** 2
         if error < least - 1e-12:
-            found, least = scale, error
-    return found
+            best, least = found, error
+    return float(best)
 
 
-def gptq(target: Float64, moments: Float64, importance: Float64, group: int) -> tuple[Trits, Float32]:
+def gptq(target: Float64, moments: Float64, importance: Float64, group: int, planes: int) -> tuple[Trits, Float32]:
     """As the paper writes it: the upper Cholesky factor of the inverse, weights changed in place."""
     upper = np.linalg.cholesky(np.linalg.inv(moments)).T
     weights = target.copy()
@@ -62,14 +79,10 @@ def gptq(target: Float64, moments: Float64, importance: Float64, group: int) -> 
     for begin in range(0, cols, group):
         run = slice(begin, min(cols, begin + group))
         for row in range(rows):
-            size, h = np.abs(weights[row, run]), importance[run]
-            order = np.argsort(-size, kind="stable")
-            sums, mass = np.cumsum((h * size)[order]), np.cumsum(h[order])
-            best = int(np.argmax(sums**2 / mass))
-            scales[row, begin // group] = stored(sums[best] / mass[best])
+            scales[row, begin // group] = stored(fitted_scale(np.abs(weights[row, run]), importance[run], planes))
         for k in range(run.start, run.stop):
             scale = scales[:, begin // group].astype(np.float64)
-            trits[:, k] = (weights[:, k] > scale / 2).astype(int) - (weights[:, k] < -scale / 2)
+            trits[:, k] = nearest(weights[:, k], scale, planes)
             error = (weights[:, k] - scale * trits[:, k]) / upper[k, k]
             weights[:, k + 1 :] -= np.outer(error, upper[k, k + 1 :])
     return trits, scales
@@ -107,17 +120,19 @@ def test_moments_are_the_same_bits_for_targets_and_threads() -> None:
     assert all(np.array_equal(sums, found[0]) for sums in found)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_scale_equals_exhaustive_search(seed: int) -> None:
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("seed", range(10))
+def test_scale_equals_exhaustive_search(seed: int, planes: Any) -> None:
     random = np.random.default_rng(seed)
-    cols = 10
+    cols = {1: 10, 2: 6}[planes]
     target = random.standard_t(3, size=(3, cols))
     importance = random.exponential(size=cols) + 0.01
-    trits, scales = _core.quant.round_with_feedback(target, None, importance, rule="fit", scale="row")
+    trits, scales = _core.quant.round_with_feedback(target, None, importance, rule="fit", scale="row", planes=planes)
     for row in range(3):
-        exact = best_scale(np.abs(target[row]), importance)
+        exact = best_scale(np.abs(target[row]), importance, planes)
         assert scales[row] == stored(exact)
-        assert np.array_equal(trits[row], np.sign(target[row]) * (np.abs(target[row]) > scales[row] / 2))
+        assert fitted_scale(np.abs(target[row]), importance, planes) == pytest.approx(exact, rel=1e-12)
+        assert np.array_equal(trits[row], nearest(target[row], scales[row].astype(np.float64), planes))
 
 
 def test_grid_and_simple_rules() -> None:
@@ -139,51 +154,72 @@ def test_grid_and_simple_rules() -> None:
         assert [float(scale) for scale in found] == [stored(scale) for scale in scales]
 
 
+def test_grid_of_two_planes() -> None:
+    """The first plane has 0.5 to 3.0 times the mean; trits alone have rules that two planes do not."""
+    random = np.random.default_rng(1)
+    target, importance = random.normal(size=(4, 100)), random.exponential(size=100) + 0.01
+    size = np.abs(target)
+    grid = size.mean(-1)[:, None] * np.arange(10, 61) / 60
+    errors = (importance * (size[:, None] - grid[..., None] * nearest(size[:, None], grid[..., None], 2)) ** 2).sum(-1)
+    expected = grid[np.arange(4), errors.argmin(-1)]
+    found = _core.quant.round_with_feedback(target, None, importance, rule="grid", scale="row", planes=2)[1]
+    assert [float(scale) for scale in found] == [stored(scale) for scale in expected]
+    for rule in ("absmean", "twn"):
+        with pytest.raises(ValueError, match="two planes take the rule fit or grid"):
+            _core.quant.round_with_feedback(target, None, importance, rule=rule, scale="row", planes=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="planes is 1 or 2, got 3"):
+        _core.quant.round_with_feedback(target, None, importance, rule="fit", scale="row", planes=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(9, 64, 64), (4, 200, 64), (17, 300, 128), (3, 300, 256)])
-def test_feedback_equals_gptq(rows: int, cols: int, group: int) -> None:
+def test_feedback_equals_gptq(rows: int, cols: int, group: int, planes: Any) -> None:
     random = np.random.default_rng(rows)
     target, moments = random.normal(size=(rows, cols)), make_moments(random, cols)
     importance = np.diag(moments).copy()
-    expected = gptq(target, moments, importance, group)
+    expected = gptq(target, moments, importance, group, planes)
     for threads in (1, 3):
         trits, scales = _core.quant.round_with_feedback(
-            target, factor_of(moments), importance, rule="fit", scale="group", group_size=group, threads=threads
-        )
+            target, factor_of(moments), importance, rule="fit", scale="group", group_size=group, planes=planes,
+            threads=threads,
+        )  # fmt: skip
         assert np.array_equal(trits, expected[0])
         assert np.array_equal(scales, expected[1])
 
 
-def test_the_last_columns_are_the_best_there_are() -> None:
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_last_columns_are_the_best_there_are(planes: Any) -> None:
     """Brute force: given the trits on the left, no choice for the last column has a smaller error."""
     random = np.random.default_rng(3)
     target, moments = random.normal(size=(20, 6)), make_moments(random, 6)
-    scale = 0.8125
+    scale, largest = 0.8125 / LARGEST[planes], LARGEST[planes]
     trits, _ = _core.quant.round_with_feedback(
-        target, factor_of(moments), np.ones(6), rule="fit", scale="tensor", tensor_scale=scale
+        target, factor_of(moments), np.ones(6), rule="fit", scale="tensor", tensor_scale=scale, planes=planes
     )
     for row in range(20):
         for k in range(6):
             # The columns on the right may take any real value: what is left is the term of the factor.
             errors = []
-            for trit in (-1, 0, 1):
+            for trit in range(-largest, largest + 1):
                 rest = target[row, : k + 1] - scale * np.append(trits[row, :k], trit)
                 schur = moments[: k + 1, : k + 1]
                 if k < 5:
                     side = moments[: k + 1, k + 1 :]
                     schur = schur - side @ np.linalg.inv(moments[k + 1 :, k + 1 :]) @ side.T
                 errors.append(rest @ schur @ rest)
-            assert errors[trits[row, k] + 1] <= min(errors) + 1e-9
+            assert errors[trits[row, k] + largest] <= min(errors) + 1e-9
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("kind", ["tensor", "row", "group"])
-def test_descent_never_rises_and_ends_where_no_trit_helps(kind: Any) -> None:
+def test_descent_never_rises_and_ends_where_no_level_helps(kind: Any, planes: Any) -> None:
     random = np.random.default_rng(4)
     rows, cols, group = 19, 150, 64
     target, moments = random.normal(size=(rows, cols)), make_moments(random, cols)
     run = {"tensor": cols, "row": cols, "group": group}[kind]
-    options = {"scale": kind, "group_size": group}
+    options = {"scale": kind, "group_size": group, "planes": planes}
     trits, scales = _core.quant.round_with_feedback(
-        target, None, np.ones(cols), rule="fit", tensor_scale=1.25, **options
+        target, None, np.ones(cols), rule="fit", tensor_scale=1.25 / LARGEST[planes], **options
     )
 
     def error() -> Float64:
@@ -197,11 +233,12 @@ def test_descent_never_rises_and_ends_where_no_trit_helps(kind: Any) -> None:
         before = error()
     assert before.sum() < 0.5 * error_of(target, np.zeros_like(target), moments).sum()
     if kind == "tensor":
-        assert scales[0] == np.float32(1.25)
+        assert scales[0] == np.float32(1.25 / LARGEST[planes])
     assert np.array_equal(scales, scales.astype(np.float16).astype(np.float32))
-    for row, k, trit in itertools.product(range(rows), range(0, cols, 7), (-1, 0, 1)):
+    levels = range(-LARGEST[planes], LARGEST[planes] + 1)
+    for row, k, level in itertools.product(range(rows), range(0, cols, 21), levels):
         kept = trits[row, k]
-        trits[row, k] = trit
+        trits[row, k] = level
         assert error()[row] >= before[row] * (1 - 1e-9)
         trits[row, k] = kept
 

@@ -35,6 +35,9 @@ def command(
     method: Annotated[Method, typer.Option(help="From quick to good: grid, fit, gptq, best.")] = Method.BEST,
     scale: Annotated[Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")] = Scale.GROUP,
     group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    planes: Annotated[
+        int, typer.Option(min=1, max=2, help="1: trits. 2: two tied planes of them, 4 bits a weight, far closer.")
+    ] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw from the text.")] = 32_768,
     evaluation: Annotated[
         Path | None, typer.Option(help="Text to measure on; default: documents of the text that are not drawn.")
@@ -55,6 +58,7 @@ def command(
         method=method.value,
         scale=scale.value,
         group_size=group_size,
+        planes=planes,
         tokens=tokens,
         evaluation=evaluation,
         tune_tokens=tune_tokens,
@@ -77,6 +81,7 @@ def run(source: Path, out: Path, data: Path, *, json: bool, **options: Any) -> N
             "written": report.out,
             "ternary layers": f"{report.tensors}, {report.resumed_layers} blocks of an earlier run",
             "ternary weights": f"{report.ternary_params:,}",
+            "planes of trits": str(report.planes),
             "bits per ternary weight": f"{report.bits_per_weight:.4f}",
             "file": f"{report.file_bytes:,} bytes",
             "calibrated on": f"{report.calibration_tokens:,} tokens",

@@ -67,6 +67,8 @@ def _in_words(fields: dict[str, Any]) -> str:
     ]
     if fields["convention"] == "divide" and not fields["online"]:
         parts[2] += " (stored as reciprocals)"
+    if "two_plane_tensors" in fields:
+        parts.append(f"{fields['two_plane_tensors']} layers of two planes")
     if (bit_map := fields.get("bit_map")) is not None:
         modes = [entry if isinstance(entry, str) else "mixed" for entry in bit_map["layers"]]
         counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))

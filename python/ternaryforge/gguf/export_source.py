@@ -173,6 +173,11 @@ class _Folder(ExportSource):
                 yield _core.formats.dequantize(weight.layout.upper(), part, end - begin, weight.cols)
             return
         found = self.ternary(slot)
+        if weight.layout == "two_plane":
+            raise FormatError(
+                f"[export] '{self.where}': '{slot}' holds two tied trit planes, which no GGUF type can; calibrate with "
+                "planes=1, or keep the folder"
+            )
         if found is None:
             raise FormatError(
                 f"[export] '{self.where}': '{slot}' is stored as {weight.layout}, which cannot be exported; "
