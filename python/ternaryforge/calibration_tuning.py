@@ -80,7 +80,8 @@ class Tuning:
 
     def _decode(self, layers: Arrays, slot: str) -> tuple[NDArray[np.int8], Float32]:
         codes, scales = layers[slot + ".codes"], layers[slot + ".scales"]
-        trits = _core.formats.unpack(codes.reshape(-1), "hf_packed", 4 * codes.shape[0], codes.shape[1])
+        layout = "two_plane" if codes.ndim == 3 else "hf_packed"
+        trits = _core.formats.unpack(codes.reshape(-1), layout, 4 * codes.shape[-2], codes.shape[-1])
         return trits, np.reciprocal(scales) if self.options.scale == "tensor" else scales
 
     def _stored(self, found: "TunedValues", modules: Mapping[str, str]) -> dict[str, NDArray[Any]]:

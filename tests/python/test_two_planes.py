@@ -207,6 +207,21 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         tf.TernaryModel.from_pretrained(write_folder(tmp_path / "stock", stock, tensors))
 
 
+def test_tuning_keeps_the_levels(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = write_tokenizer(write_folder(tmp_path / "source", llama_config(max_position_embeddings=64)))
+    data = write_text(tmp_path / "data.txt")
+    options: dict[str, Any] = {"planes": 2, "group_size": 64, "tokens": 400, "threads": 1}
+    tf.calibrate(source, tmp_path / "plain", data, **options)
+    report = tf.calibrate(source, tmp_path / "tuned", data, **options, tune_tokens=2000)
+    plain, tuned = (Checkpoint.open(tmp_path / name) for name in ("plain", "tuned"))
+    for layer in report.layers:
+        assert bytes(plain.raw(layer.name)) == bytes(tuned.raw(layer.name))
+    assert report.perplexity_untuned is not None
+    assert report.perplexity_after < report.perplexity_untuned
+
+
 @pytest.mark.shared
 def test_stories260k(shared: Path, tmp_path: Path) -> None:
     """A tenth of the usual tokens: within a third of full precision, where one plane is at six times."""
