@@ -161,12 +161,20 @@ HWY_INLINE void DotTiles(const uint8_t* tile, [[maybe_unused]] size_t panel_byte
   if constexpr (kVectors == 1) {
     if (block == 1) return DotVectors<kDot, 1, 1>(tile, 0, tiles, acts, block, sums);
     if (block == 2) return DotVectors<kDot, 2, 1>(tile, 0, tiles, acts, block, sums);
-    if (panels == 2) {
-      return block == 4 ? DotVectors<kDot, 4, 2>(tile, panel_bytes, tiles, acts, block, sums)
-                        : DotVectors<kDot, 8, 2>(tile, panel_bytes, tiles, acts, block, sums);
+    // 12 lanes of two panels are 24 sums, which leave eight registers for codes and activations.
+    if (panels == 2 && block == 12)
+      return DotVectors<kDot, 12, 2>(tile, panel_bytes, tiles, acts, block, sums);
+    if (panels == 2 && block == 8)
+      return DotVectors<kDot, 8, 2>(tile, panel_bytes, tiles, acts, block, sums);
+    for (size_t lane = 0; lane < block; lane += 4) {
+      const int8_t* from = acts + 4 * lane;
+      int32_t* to = sums + lane * kSumRows;
+      if (panels == 2) {
+        DotVectors<kDot, 4, 2>(tile, panel_bytes, tiles, from, block, to);
+      } else {
+        DotVectors<kDot, 4, 1>(tile, 0, tiles, from, block, to);
+      }
     }
-    return block == 4 ? DotVectors<kDot, 4, 1>(tile, 0, tiles, acts, block, sums)
-                      : DotVectors<kDot, 8, 1>(tile, 0, tiles, acts, block, sums);
   } else {
     constexpr size_t kNext = dot::kDotBytes;
     for (size_t v = 0; v < kVectors; v += 2, tile += 2 * kNext, sums += kNext / 2) {
