@@ -107,8 +107,8 @@ def test_calibration(tmp_path: Path, method: Any, scale: Any) -> None:
     report = tf.calibrate(source, tmp_path / "two", data, planes=2, **options)
     assert (one.planes, report.planes) == (1, 2)
     for single, double in zip(one.layers, report.layers, strict=True):
-        assert double.mse_before < 0.2 * single.mse_before
-        assert double.mse_after < 0.3 * single.mse_after
+        assert double.mse_before < 0.35 * single.mse_before
+        assert double.mse_after < 0.35 * single.mse_after
     checkpoint = Checkpoint.open(tmp_path / "two")
     for layer in report.layers:
         stored = checkpoint.read(layer.name)
