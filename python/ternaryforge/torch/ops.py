@@ -5,6 +5,7 @@
 travel as the bits of float32 in int32, so that neither autocast nor `model.to(dtype)` rounds them.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -92,11 +93,16 @@ def _input_gradient_cpu(
     return (grad.to(torch.float32) @ dense).to(grad.dtype)
 
 
+@functools.cache
+def _tile_bytes(rows: int, cols: int) -> int:
+    return _core.formats.layout_bytes("t16", rows, cols)
+
+
 def _check(x: Tensor, weight: Tensor, scale_bits: Tensor, rows: int, cols: int, group_size: int) -> None:
     """Addresses go to the core, so everything must have its size."""
     if x.shape[-1] != cols or x.dtype not in {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"[linear] x is a float tensor [..., {cols}], got {x.dtype} {list(x.shape)}")
-    size = _core.formats.layout_bytes("t16", rows, cols)
+    size = _tile_bytes(rows, cols)
     if weight.dtype != torch.uint8 or weight.numel() != size or not weight.is_contiguous():
         raise ValueError(
             f"[linear] weight is {size} contiguous bytes (t16 of {rows} x {cols}), got {weight.dtype} {weight.numel()}"
