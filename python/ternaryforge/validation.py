@@ -58,7 +58,8 @@ def validate(
 
     Args:
         model: A checkpoint folder, a GGUF or `.1bit` file, or "demo".
-        reference: A folder or a GGUF file with the same vocabulary, run in floating point. Without
+        reference: A folder or a GGUF file with the same vocabulary, run in floating point, whose
+            tokenizer a model without one takes. Without
             one, a GGUF file is run by another engine and compared with our floating-point mode, and
             a folder with its own floating-point mode.
         data: A text file; documents end with <|endoftext|>. Default: a few sentences of English.
@@ -86,6 +87,9 @@ def validate(
     ours = TernaryModel.from_pretrained(path, threads=threads, activations="float" if wants_engine else None)
     name = os.fspath(reference or path)
     other_model = None if wants_engine else TernaryModel.from_pretrained(name, threads=threads, activations="float")
+    borrows = ours.tokenizer is None and other_model is not None
+    if borrows and other_model is not None:
+        ours.tokenizer = other_model.tokenizer
     context = min(model.context_length for model in (ours, other_model) if model is not None)
     beginnings = _beginnings(ours, text, positions, context)
     if not beginnings:
@@ -105,6 +109,8 @@ def validate(
         found = _compare_models(ours, other_model, beginnings, prompt=prompt, count=count)
         found |= _perplexities(ours, other_model, text, max_documents)
         found["reference"] = f"{name} in floating point"
+        if borrows:
+            found["tokens_equal"] = None
     mine, theirs = generated.token_ids, found.pop("greedy")
     equal = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
     fields = {

@@ -24,6 +24,7 @@ from ternaryforge.cli import (
     import_,
     inspect,
     plan,
+    run,
     search,
     validate,
     verify,
@@ -48,6 +49,7 @@ app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("evaluate")(evaluate.command)
 app.command("validate")(validate.command)
+app.command("run")(run.command)
 app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
 app.command("plan")(plan.command)

@@ -48,7 +48,7 @@ class TuningOptions:
     scale_rate: float = 3e-2
     norm_rate: float = 3e-2
     warmup: float = 0.05
-    batch: int = 4
+    batch: int = 2
     betas: tuple[float, float] = (0.9, 0.95)
     seed: int = 0
 
