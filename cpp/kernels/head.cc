@@ -133,9 +133,17 @@ HWY_INLINE DotCodes HighBits(DotCodes bytes) {
   return hn::And(hn::BitCast(DotBytesTag(), moved), hn::Set(DotBytesTag(), 0x30));
 }
 
-// Integer sums of one group for the rows of one vector; `acts` points at the group's codes.
+// Integer sums of one group for the rows of one vector. Without a dot instruction, pairs of
+// products are added in 16 bits for as many steps as fit: codes are at most 63 (6 bits) or 15 (4
+// bits, and the nibbles of 8), high parts at most 127, low parts at most 64.
 template <size_t kBits, size_t kTokens, simd::DotKind kDot>
 struct GroupSums {
+  static constexpr bool kPairs = kDot == simd::DotKind::kPortable;
+  static constexpr size_t kMaxCode = kBits == 6 ? 63 : 15;
+  static constexpr size_t kHighSteps = 32767 / (2 * kMaxCode * 127);
+  static constexpr size_t kLowSteps = 32767 / (2 * kMaxCode * 64);
+  static constexpr size_t kSteps = HeadGroupCols(kBits) / 4;
+
   HWY_INLINE GroupSums(const HeadArgs& args, size_t token, size_t col) {
     for (size_t t = 0; t < kTokens; ++t) {
       high_acts[t] = args.acts.high(token + t) + col;
@@ -144,17 +152,27 @@ struct GroupSums {
     }
   }
 
-  static HWY_INLINE hn::Vec<hn::RebindToSigned<DotBytesTag> > Four(const int8_t* acts) {
-    int32_t four;
-    std::memcpy(&four, acts, sizeof(four));
-    return hn::BitCast(hn::RebindToSigned<DotBytesTag>(), hn::Set(DotSumsTag(), four));
-  }
-
+  // Steps 0 .. kSteps - 1 in their order.
   HWY_INLINE void Step(DotCodes codes, size_t step) {
     for (size_t t = 0; t < kTokens; ++t) {
-      high[t] = simd_hwy::DotStep<kDot>(high[t], codes, Four(high_acts[t] + 4 * step));
-      low[t] = simd_hwy::DotStep<kDot>(low[t], codes, Four(low_acts[t] + 4 * step));
+      const auto high_four = simd_hwy::BroadcastActs(high_acts[t] + 4 * step);
+      const auto low_four = simd_hwy::BroadcastActs(low_acts[t] + 4 * step);
+      if constexpr (kPairs) {
+        AddPairs<kHighSteps>(codes, high_four, step, high_pairs[t], high[t]);
+        AddPairs<kLowSteps>(codes, low_four, step, low_pairs[t], low[t]);
+      } else {
+        high[t] = simd_hwy::DotStep<kDot>(high[t], codes, high_four);
+        low[t] = simd_hwy::DotStep<kDot>(low[t], codes, low_four);
+      }
     }
+  }
+
+  template <size_t kFoldSteps>
+  static HWY_INLINE void AddPairs(DotCodes codes, simd_hwy::DotActs acts, size_t step,
+                                  simd_hwy::DotPairs& pairs, DotSums& sums) {
+    const auto products = simd_hwy::PairProducts(codes, acts);
+    pairs = step % kFoldSteps == 0 ? products : hn::Add(pairs, products);
+    if ((step + 1) % kFoldSteps == 0 || step + 1 == kSteps) sums = simd_hwy::FoldPairs(sums, pairs);
   }
 
   // At most 255 * 16319 * 32 < 2^27.
@@ -163,6 +181,7 @@ struct GroupSums {
   const int8_t* high_acts[kTokens];
   const int8_t* low_acts[kTokens];
   DotSums high[kTokens], low[kTokens];
+  simd_hwy::DotPairs high_pairs[kTokens], low_pairs[kTokens];
 };
 
 // totals[t] = sum of code * activation over one group.

@@ -68,15 +68,15 @@ inline constexpr size_t kVectors = kTileBytes / dot::kDotBytes;  // in a tile
 // How far ahead of its use a tile is asked for: what memory sends in some 200 ns.
 inline constexpr size_t kPrefetchBytes = 8192;
 
-// Vectors of a tile that one pass over the panel takes: as many as leave registers for the sums.
-// Where that is not all, the next pass finds the panel in the cache.
-template <size_t kLanes>
-inline constexpr size_t kPassVectors = kLanes == 1 && kVectors > 1 ? 2 : 1;
-
 // Whether the planes can stay where they lie in the byte, each with its own 32-bit sums: that of
 // plane n is exactly 4^n times the sum of its codes.
 template <simd::DotKind kDot>
 inline constexpr bool kInPlace = kDot != simd::DotKind::kPortable;
+
+// Vectors of a tile that one pass over the panel takes: as many as leave registers for the sums.
+// Where that is not all, the next pass finds the panel in the cache.
+template <simd::DotKind kDot, size_t kLanes>
+inline constexpr size_t kPassVectors = kLanes <= (kInPlace<kDot> ? 1 : 2) && kVectors > 1 ? 2 : 1;
 
 // The top plane of T16 does not fit an i8 operand where it lies: kSigned shifts it down.
 template <simd::DotKind kDot>
@@ -86,7 +86,7 @@ inline constexpr bool kShiftTop = kDot == simd::DotKind::kSigned;
 template <simd::DotKind kDot, size_t kLanes>
 HWY_INLINE void PassInPlace(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
                             size_t tiles, int32_t* HWY_RESTRICT sums) {
-  constexpr size_t kPass = kPassVectors<kLanes>;
+  constexpr size_t kPass = kPassVectors<kDot, kLanes>;
   const dot::DotBytesTag d8;
   const dot::DotSumsTag d32;
   const dot::DotCodes masks[4] = {hn::Set(d8, 0x03), hn::Set(d8, 0x0C), hn::Set(d8, 0x30),
@@ -129,65 +129,80 @@ template <simd::DotKind kDot, size_t kLanes>
 HWY_INLINE void PassFolding(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
                             size_t tiles, int32_t* HWY_RESTRICT sums) {
   constexpr size_t kFoldTiles = 8;
-  constexpr size_t kPass = kPassVectors<kLanes>;
+  constexpr size_t kPass = kPassVectors<kDot, kLanes>;
   const dot::DotBytesTag d8;
   const dot::DotSumsTag d32;
   const dot::DotPairsTag d16;
-  const auto mask = hn::Set(d8, 0x03), mask_by_4 = hn::Set(d8, 0x0C);
-  dot::DotSums acc[kLanes][kPass];
-  for (auto& lane : acc) {
-    for (auto& vector : lane) vector = hn::Zero(d32);
+  const dot::DotCodes masks[2] = {hn::Set(d8, 0x03), hn::Set(d8, 0x0C)};
+  dot::DotSums acc[2][kLanes][kPass];  // of planes 0 and 2, of planes 1 and 3
+  for (auto& plane : acc) {
+    for (auto& lane : plane) {
+      for (auto& vector : lane) vector = hn::Zero(d32);
+    }
   }
   for (size_t begin = 0; begin < tiles; begin += kFoldTiles) {
-    dot::DotPairs pairs[kLanes][kPass], pairs_by_4[kLanes][kPass];
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      for (size_t v = 0; v < kPass; ++v) pairs[lane][v] = pairs_by_4[lane][v] = hn::Zero(d16);
+    dot::DotPairs pairs[2][kLanes][kPass];
+    for (auto& plane : pairs) {
+      for (auto& lane : plane) {
+        for (auto& vector : lane) vector = hn::Zero(d16);
+      }
     }
     const size_t count = std::min(kFoldTiles, tiles - begin);
     for (size_t t = 0; t < count; ++t, tile += kTileBytes, acts += kT16TileCols * kLanes) {
       hwy::Prefetch(tile + kPrefetchBytes);
-      for (size_t v = 0; v < kPass; ++v) {
-        const auto low = hn::LoadU(d8, tile + v * dot::kDotBytes);
-        const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, low)));
-        const auto plane0 = hn::And(low, mask), plane1 = hn::And(low, mask_by_4),
-                   plane2 = hn::And(high, mask), plane3 = hn::And(high, mask_by_4);
+      dot::DotCodes packed[kPass], codes[kPass];
+      for (size_t v = 0; v < kPass; ++v) packed[v] = hn::LoadU(d8, tile + v * dot::kDotBytes);
+      for (size_t plane = 0; plane < 4; ++plane) {
+        for (size_t v = 0; v < kPass; ++v) {
+          if (plane == 2)
+            packed[v] = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, packed[v])));
+          codes[v] = hn::And(packed[v], masks[plane % 2]);
+        }
         for (size_t lane = 0; lane < kLanes; ++lane) {
-          const auto products = [&](dot::DotCodes codes, size_t plane) HWY_ATTR {
-            return dot::PairProducts(codes, dot::BroadcastActs(acts + 4 * (plane * kLanes + lane)));
-          };
-          pairs[lane][v] =
-              hn::Add(pairs[lane][v], hn::Add(products(plane0, 0), products(plane2, 2)));
-          pairs_by_4[lane][v] =
-              hn::Add(pairs_by_4[lane][v], hn::Add(products(plane1, 1), products(plane3, 3)));
+          const auto four = dot::BroadcastActs(acts + 4 * (plane * kLanes + lane));
+          for (size_t v = 0; v < kPass; ++v) {
+            auto& sum = pairs[plane % 2][lane][v];
+            sum = dot::AddPairProducts(sum, codes[v], four);
+          }
         }
       }
     }
     for (size_t lane = 0; lane < kLanes; ++lane) {
       for (size_t v = 0; v < kPass; ++v) {
-        const auto by_4 = dot::FoldPairs(hn::Zero(d32), pairs_by_4[lane][v]);
-        acc[lane][v] =
-            hn::Add(dot::FoldPairs(acc[lane][v], pairs[lane][v]), hn::ShiftRight<2>(by_4));
+        acc[0][lane][v] = dot::FoldPairs(acc[0][lane][v], pairs[0][lane][v]);
+        acc[1][lane][v] = dot::FoldPairs(acc[1][lane][v], pairs[1][lane][v]);
       }
     }
   }
   for (size_t lane = 0; lane < kLanes; ++lane) {
     for (size_t v = 0; v < kPass; ++v) {
-      hn::StoreU(acc[lane][v], d32, sums + lane * kPanelRows + v * (dot::kDotBytes / 4));
+      hn::StoreU(hn::Add(acc[0][lane][v], hn::ShiftRight<2>(acc[1][lane][v])), d32,
+                 sums + lane * kPanelRows + v * (dot::kDotBytes / 4));
     }
   }
+}
+
+// Two lanes of two vectors fill sixteen registers: g++ 12 spills where more is around.
+template <simd::DotKind kDot, size_t kLanes>
+HWY_NOINLINE void PassFoldingApart(const uint8_t* HWY_RESTRICT tile,
+                                   const int8_t* HWY_RESTRICT acts, size_t tiles,
+                                   int32_t* HWY_RESTRICT sums) {
+  PassFolding<kDot, kLanes>(tile, acts, tiles, sums);
 }
 
 // sums[lane * 16 + row] = sum of code * act over `tiles` tiles of one panel; codes are trit + 1.
 template <simd::DotKind kDot, size_t kLanes>
 HWY_INLINE void DotT16(const uint8_t* HWY_RESTRICT tile, const int8_t* HWY_RESTRICT acts,
                        size_t tiles, int32_t* HWY_RESTRICT sums) {
-  for (size_t v = 0; v < kVectors; v += kPassVectors<kLanes>) {
+  for (size_t v = 0; v < kVectors; v += kPassVectors<kDot, kLanes>) {
     const uint8_t* part = tile + v * dot::kDotBytes;
     int32_t* part_sums = sums + v * (dot::kDotBytes / 4);
     if constexpr (kInPlace<kDot>) {
       PassInPlace<kDot, kLanes>(part, acts, tiles, part_sums);
-    } else {
+    } else if constexpr (kLanes == 1) {
       PassFolding<kDot, kLanes>(part, acts, tiles, part_sums);
+    } else {
+      PassFoldingApart<kDot, kLanes>(part, acts, tiles, part_sums);
     }
   }
 }
@@ -292,7 +307,7 @@ HWY_INLINE void PassT20Folding(const uint8_t* HWY_RESTRICT tile, const int8_t* H
       for (size_t plane = 0; plane < kT20Planes; ++plane) {
         for (size_t lane = 0; lane < kLanes; ++lane) {
           const auto four = dot::BroadcastActs(acts + plane * plane_stride + 4 * lane);
-          pairs[plane][lane] = hn::Add(pairs[plane][lane], dot::PairProducts(codes[plane], four));
+          pairs[plane][lane] = dot::AddPairProducts(pairs[plane][lane], codes[plane], four);
         }
       }
     }
