@@ -16,11 +16,10 @@ from typing import Any, Literal, get_args
 
 from ternaryforge._core import FormatError
 
-Mode = Literal["f16", "int8", "ternary", "binary"]
+Mode = Literal["f16", "int8", "two_plane", "ternary", "binary"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """From many bits to few."""
 _SPELLINGS: dict[str, Mode] = {**{mode: mode for mode in MODES}, "8bit": "int8", "eightbit": "int8"}
-_PLANNED = ("two_plane",)  # of the interface; no folder stores them yet
 _DEFAULT: Mode = "ternary"  # of the linear layers that the entry of a layer does not name
 _FIELDS = ("embedding", "layer_modes", "lm_head")
 
@@ -162,8 +161,6 @@ def _layer(entry: object, name: str) -> LayerModes:
 
 
 def _mode(value: object, name: str) -> Mode:
-    if value in _PLANNED:
-        raise FormatError(f"{name} is '{value}', which no folder can store yet; use int8 or ternary")
     if not isinstance(value, str) or value.lower() not in _SPELLINGS:
         raise FormatError(f"{name} must be one of {', '.join(MODES)}, got {value!r}")
     return _SPELLINGS[value.lower()]

@@ -191,7 +191,7 @@ def _convert_mapped(
         for matrix in stored
     )
     weights = sum(linear.rows * linear.cols for linear in linears)
-    few_bits = [linear for linear in linears if linear.mode in ("ternary", "binary")]
+    few_bits = [linear for linear in linears if linear.mode in ("two_plane", "ternary", "binary")]
     return ConversionReport(
         source=str(source),
         out=str(out),

@@ -5,6 +5,7 @@
 |---|---|---|---|
 | f16 | F16, or BF16 where the source is | none | as stored |
 | int8 | I8 [rows, cols] | F16 [rows] | code * scale |
+| two_plane | U8 [2, ceil(rows / 4), cols] | F16 in the shape of the options | (3 * first + second) * scale |
 | ternary | U8 [ceil(rows / 4), cols], as in every ternary folder | F16 in the shape of the options | trit * scale |
 | binary | U8 [rows, ceil(cols / 8)], column c in bit c % 8 of byte c // 8 | the same | bit 1: scale, 0: -scale |
 
@@ -24,7 +25,7 @@ from ternaryforge.bit_map import Mode
 from ternaryforge.checkpoint_writer import TensorPlan
 from ternaryforge.quantization import ScaleKind
 from ternaryforge.rounding import RoundingOptions
-from ternaryforge.weights import packed_rows, scale_name
+from ternaryforge.weights import packed_rows, packed_shape, scale_name
 
 Float32 = NDArray[np.float32]
 
@@ -68,7 +69,8 @@ class Encoded:
         if self.mode == "binary":
             return _core.formats.pack(codes, "onebit_binary"), scales
         padding = np.zeros((4 * packed_rows(rows) - rows, cols), np.int8)
-        return _core.formats.pack(np.concatenate([codes, padding]), "hf_packed"), scales
+        layout = "two_plane" if self.mode == "two_plane" else "hf_packed"
+        return _core.formats.pack(np.concatenate([codes, padding]), layout), scales
 
     def packed(self) -> _core.formats.PackedTensor:
         """What the engine runs."""
@@ -77,11 +79,12 @@ class Encoded:
             return _core.formats.PackedTensor("f32", rows, cols, np.ascontiguousarray(self.codes).view(np.uint8))
         codes = np.ascontiguousarray(self.codes, np.int8)
         kind: ScaleKind = "group" if self.scales.ndim == 2 else "row" if self.scales.size == rows else "tensor"
+        layout = {"int8": "int8", "two_plane": "t8"}.get(self.mode, "t16")
         return _core.formats.PackedTensor(
-            "int8" if self.mode == "int8" else "t16",
+            layout,
             rows,
             cols,
-            codes if self.mode == "int8" else _core.formats.pack(codes, "t16"),
+            codes if layout == "int8" else _core.formats.pack(codes, layout),
             scale_kind="row" if self.mode == "int8" else kind,
             group_size=self.group_size,
             scales=self.scales.reshape(-1),
@@ -104,6 +107,8 @@ def encode(weights: Float32, mode: Mode, options: RoundingOptions, *, dtype: str
             scales = _halves(np.abs(weights).max(1) / np.float32(127), where)
             steps = np.where(scales > 0, scales, np.float32(1))[:, None]
             return Encoded(mode, np.clip(np.rint(weights / steps), -127, 127).astype(np.int8), scales, 0)
+        case "two_plane":
+            return _in_two_planes(weights, options, where)
         case "ternary":
             try:
                 trits, scales = _core.quant.quantize_weights(
@@ -131,7 +136,7 @@ def plan_matrix(
             return [TensorPlan(name, stored_dtype(mode, dtype), shape)]
         case "int8":
             return [TensorPlan(name, "I8", shape), TensorPlan(scale_name(name), "F16", (rows,))]
-    stored = (packed_rows(rows), cols) if mode == "ternary" else (rows, -(-cols // 8))
+    stored = (rows, -(-cols // 8)) if mode == "binary" else packed_shape(rows, cols, 2 if mode == "two_plane" else 1)
     return [
         TensorPlan(name, "U8", stored),
         TensorPlan(scale_name(name), "F16", options.scale_shape(rows, cols)),
@@ -167,6 +172,28 @@ def _halves(values: Float32, where: str) -> Float32:
             "convert without a bit map"
         )
     return values.astype(np.float16).astype(np.float32)
+
+
+def _in_two_planes(weights: Float32, options: RoundingOptions, where: str) -> Encoded:
+    """Levels -4 .. 4 by least squares, whatever the scheme for trits is."""
+    target = weights.astype(np.float64)
+    if options.scale == "tensor":
+        target = target.reshape(1, -1)
+    group = options.group_size if options.scale == "group" else 0
+    try:
+        levels, scales = _core.quant.round_with_feedback(
+            target,
+            None,
+            np.ones(target.shape[1]),
+            rule="fit",
+            scale="group" if group else "row",
+            group_size=group or 64,
+            planes=2,
+            threads=options.threads,
+        )
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from None
+    return Encoded("two_plane", levels.reshape(weights.shape), scales, group)
 
 
 def _mean_magnitudes(weights: Float32, options: RoundingOptions) -> Float32:

@@ -28,7 +28,7 @@ from ternaryforge.validation import validate
 WIDE = {"hidden_size": 99, "intermediate_size": 70, "num_hidden_layers": 4}
 MIXED = {
     "embedding": "int8",
-    "layer_modes": ["binary", {"q_proj": "int8", "up": "f16"}, "ternary", {"down": "binary"}],
+    "layer_modes": ["binary", {"q_proj": "int8", "up": "f16"}, "ternary", {"down": "binary", "gate": "two_plane"}],
     "lm_head": "f16",
 }
 
@@ -61,6 +61,9 @@ def decode(folder: Path) -> made_models.Tensors:
                 bits = np.unpackbits(array, axis=1, bitorder="little")
                 assert not bits[:, shape[1] :].any()
                 codes = bits[:, : shape[1]] * 2.0 - 1
+            elif array.ndim == 3:
+                parts = [3.0 * (array[0] >> shift & 3) + (array[1] >> shift & 3) - 4 for shift in (0, 2, 4, 6)]
+                codes = np.concatenate(parts)[: shape[0]]
             else:
                 parts = [(array >> shift & 3).astype(np.float64) - 1 for shift in (0, 2, 4, 6)]
                 codes = np.concatenate(parts)[: shape[0]]
@@ -93,6 +96,7 @@ def test_a_mixed_folder_runs_as_numpy_reads_it(tmp_path: Path, source: Path, sca
     assert modes["layers.1.mlp.up_proj.weight"] == "f16"
     assert modes["layers.1.mlp.down_proj.weight"] == "ternary"
     assert modes["layers.3.mlp.down_proj.weight"] == "binary"
+    assert modes["layers.3.mlp.gate_proj.weight"] == "two_plane"
     assert ours.transformer.activations == "float"
     assert TernaryModel.from_pretrained(tmp_path / "out").transformer.activations == "int16"
 
@@ -116,6 +120,8 @@ def test_what_each_mode_makes_of_a_matrix(tmp_path: Path, source: Path) -> None:
     means = np.abs(weights[:, :64]).mean(1), np.abs(weights[:, 64:]).mean(1)
     np.testing.assert_allclose(np.abs(stored[:, 0]), means[0], rtol=2.0**-10)
     np.testing.assert_allclose(np.abs(stored[:, -1]), means[1], rtol=2.0**-10)
+    weights, stored = both("model.layers.3.mlp.gate_proj.weight")
+    assert ((stored - weights) ** 2).sum() < 0.035 * (weights**2).sum()  # nine levels of a Gaussian
     name = "model.layers.2.self_attn.o_proj.weight"
     packed = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "ternary")
     np.testing.assert_array_equal(packed[0].read(name), packed[1].read(name))
@@ -190,12 +196,14 @@ def test_the_sandwich() -> None:
         ({"layer_modes": ["f16"] * 3}, "one entry for each of the 4 layers, got 3"),
         ({"layer_modes": []}, "layer_modes must be a list"),
         ({"embedding": "f16"}, "layer_modes must be a list"),
-        ({"layer_modes": ["int4"] * 4}, r"layer_modes\[0\] must be one of f16, int8, ternary, binary, got 'int4'"),
+        (
+            {"layer_modes": ["int4"] * 4},
+            r"layer_modes\[0\] must be one of f16, int8, two_plane, ternary, binary, got 'int4'",
+        ),
         ({"layer_modes": [{"query": 3}] + ["f16"] * 3}, r"layer_modes\[0\]\['query'\] must be one of"),
         ({"layer_modes": [None] * 4}, r"layer_modes\[0\] must be a mode"),
         ({"layer_modes": [{"qeury": "f16"}] + ["f16"] * 3}, "names 'qeury', which is no linear layer there"),
         ({"layer_modes": [{"query": "f16", "q_proj": "int8"}] + ["f16"] * 3}, "twice, with modes f16, int8"),
-        ({"layer_modes": ["two_plane"] * 4}, "'two_plane', which no folder can store yet"),
         ({"layer_modes": ["f16"] * 4, "head": "f16"}, "'head' is no field of a bit map"),
         ({"layer_modes": ["f16"] * 4, "embedding": "f8"}, "embedding must be one of"),
         (["f16"], "a bit map is an object"),

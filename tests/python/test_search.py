@@ -62,7 +62,11 @@ def brute_force(folder: Path) -> dict[tuple[str, ...], tuple[float, int]]:
 
 
 def run(folder: Path, **options: Any) -> tf.SearchResult:
-    return search(folder / "source", folder / "data.txt", **({"scale": "row", "tokens": None, "threads": 1} | options))
+    return search(
+        folder / "source",
+        folder / "data.txt",
+        **({"scale": "row", "tokens": None, "threads": 1, "modes": MODES} | options),
+    )
 
 
 @pytest.mark.parametrize("exhaustive", [True, False])
@@ -197,7 +201,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
         ({"max_perplexity": 0.5}, "max_perplexity is a number of at least 1"),
         ({"max_size_mb": float("nan")}, "max_size_mb is a positive number"),
         ({"max_size_mb": 1, "modes": ["f16"]}, "modes are at least two of"),
-        ({"max_size_mb": 1, "modes": ["f16", "two_plane"]}, "modes are at least two of"),
+        ({"max_size_mb": 1, "modes": ["f16", "three_plane"]}, "modes are at least two of"),
         ({"max_size_mb": 1, "by": "tensor"}, "by is 'layer' or 'linear'"),
         ({"max_size_mb": 1, "tokens": 0}, "tokens is at least 1"),
         ({"max_size_mb": 1, "embedding": "f8"}, "embedding must be one of"),
