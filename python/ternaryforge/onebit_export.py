@@ -136,7 +136,7 @@ def _store(
 
 def _store_trits(slot: str, weight: _core.formats.PackedTensor, pack_mode: PackMode | None) -> StoredTensor:
     rows, cols = weight.rows, weight.cols
-    if weight.layout == "two_plane":
+    if weight.layout in {"two_plane", "t8"}:
         raise ValueError(
             f"[export] '{slot}' holds two tied trit planes, which a .1bit file cannot; calibrate with planes=1"
         )

@@ -271,7 +271,7 @@ def _describe_weights(path: Path, threads: int) -> dict[str, Any]:
     total = zeros = ones = size = 0
     slots = source.architecture.spec.slots()
     for slot, (rows, cols) in slots.items():
-        found = source.ternary(slot)
+        found = source.levels(slot)
         if found is not None:
             nonzero, positive = int(np.count_nonzero(found.trits)), int(np.count_nonzero(found.trits > 0))
             stored = source.stored_bytes(slot)

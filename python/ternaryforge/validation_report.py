@@ -40,7 +40,7 @@ _COLUMNS = ("layer", "rows", "columns", "zeros", "+1 of the others", "bits per w
 
 @dataclass(frozen=True, slots=True)
 class ValidatedLayer:
-    """One ternary matrix: the share of zeros, that of +1 among the others, and its stored size."""
+    """One matrix of trits or two planes: the share of zeros, that of positives among the others, its stored size."""
 
     name: str
     rows: int

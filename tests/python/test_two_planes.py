@@ -170,6 +170,18 @@ def test_what_is_told(folder: Path) -> None:
     assert 0.2 * planned.ternary_params < more < 0.4 * planned.ternary_params  # 2 bits a weight, and padding
 
 
+def test_validation_and_analysis(folder: Path) -> None:
+    text, other = write_text(folder.parent / "text.txt"), write_text(folder.parent / "other.txt", 2)
+    report = tf.validate(folder, data=text, threads=1, thresholds={})
+    linears = [layer for layer in report.layers if "layers." in layer.name]
+    assert len(linears) == 14
+    assert all(0.03 < layer.sparsity < 0.25 for layer in linears)  # a ninth
+    assert all(32 / 64 <= layer.bits_per_weight - 4 <= 32 / 20 for layer in linears)
+    assert report.top1_agreement == 1
+    analysed = tf.analyze(folder, other, modes=["int8"], scale="row", tokens=100, threads=1)
+    assert all(abs(layer.effects[0].nll_rise) < 0.05 for layer in analysed.layers)
+
+
 @pytest.mark.parametrize(
     ("profile", "error", "match"),
     [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.gguf.architectures import ROPE_FACTORS, is_norm, is_permuted, tensor_name, to_neighbours
-from ternaryforge.gguf.export_source import ExportSource, scaled
+from ternaryforge.gguf.export_source import TWO_PLANES, ExportSource, scaled
 from ternaryforge.gguf.metadata import llama3_factors
 from ternaryforge.gguf.metadata_writer import describe_model, written_architecture
 from ternaryforge.gguf.producer import VERSION
@@ -193,6 +193,11 @@ class ExportPlan:
         if stored is not None and stored[0] in HEAD_TYPES:
             return stored[0]
         dtype = self.source.dtype(slot)
+        if dtype in TWO_PLANES:
+            raise FormatError(
+                f"[export] '{self.source.where}': '{slot}' holds two tied trit planes, which no GGUF type can; keep "
+                "the folder, or calibrate with planes=1"
+            )
         if dtype == "BF16" and slot in {"embedding", "head"}:
             # Every engine has fast code for F16, not all have it for BF16.
             return "F16" if all(is_half_exact(part) for part in self.source.floats(slot)) else "BF16"

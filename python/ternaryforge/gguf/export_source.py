@@ -29,6 +29,8 @@ _LEAST_GROUP = 64
 _PROBED_ROWS = 8
 _CHUNK_ELEMENTS = 1 << 22
 _FLOATS = {"f32", "f16", "bf16"}
+TWO_PLANES = {"two_plane", "t8"}
+"""Layouts of two tied trit planes."""
 
 
 class ExportSource(abc.ABC):
@@ -66,6 +68,10 @@ class ExportSource(abc.ABC):
     @abc.abstractmethod
     def ternary(self, slot: str) -> Ternary | None:
         """A linear layer as trits and scales, None where it is none. Floats that are trits times scales count."""
+
+    def levels(self, slot: str) -> Ternary | None:
+        """As `ternary`, and for a layer of two planes its levels -4 .. 4 in place of trits."""
+        return self.ternary(slot)
 
     @abc.abstractmethod
     def floats(self, slot: str) -> Iterator[NDArray[np.float32]]:
@@ -149,6 +155,13 @@ class _Folder(ExportSource):
         kind, trits, scales = found
         return Ternary(trits, kind, _LEAST_GROUP if kind == "group" else 0, scales)
 
+    def levels(self, slot: str) -> Ternary | None:
+        weight = self._weights[slot]
+        if weight.layout not in TWO_PLANES:
+            return self.ternary(slot)
+        levels = _core.formats.unpack(weight.data, weight.layout, weight.rows, weight.cols)
+        return Ternary(levels, weight.scale_kind, weight.group_size, _shaped(weight))
+
     def floats(self, slot: str) -> Iterator[NDArray[np.float32]]:
         return self._parts(slot, max(1, _CHUNK_ELEMENTS // self._weights[slot].cols))
 
@@ -172,12 +185,7 @@ class _Folder(ExportSource):
                 part = np.ascontiguousarray(stored[begin:end]).reshape(-1)
                 yield _core.formats.dequantize(weight.layout.upper(), part, end - begin, weight.cols)
             return
-        found = self.ternary(slot)
-        if weight.layout == "two_plane":
-            raise FormatError(
-                f"[export] '{self.where}': '{slot}' holds two tied trit planes, which no GGUF type can; calibrate with "
-                "planes=1, or keep the folder"
-            )
+        found = self.levels(slot)
         if found is None:
             raise FormatError(
                 f"[export] '{self.where}': '{slot}' is stored as {weight.layout}, which cannot be exported; "
