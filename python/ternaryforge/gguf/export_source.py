@@ -157,7 +157,7 @@ class _Folder(ExportSource):
 
     def levels(self, slot: str) -> Ternary | None:
         weight = self._weights[slot]
-        if weight.layout not in TWO_PLANES:
+        if weight.layout not in TWO_PLANES or weight.scale_kind == "none":
             return self.ternary(slot)
         levels = _core.formats.unpack(weight.data, weight.layout, weight.rows, weight.cols)
         return Ternary(levels, weight.scale_kind, weight.group_size, _shaped(weight))
