@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the ternary kernels beside what the machine can do at most, measured in the same run.
+"""Speed of the kernels for one and two planes of trits beside what the machine can do at most, in the same run.
 
 Decoding (1 to 8 tokens) streams a matrix larger than the caches: GB/s and share of the read
 bandwidth. Prefill multiplies matrices of a 2B model: multiply-adds a second and share of the peak of
-the dot instruction. Answers are checked first: integer sums against NumPy, all layouts against each
-other bit by bit. Ends with one JSON line.
+the dot instruction. Answers are checked first: integer sums against NumPy, t16 and t20 against each
+other bit by bit. Two planes (t8) are another matrix of the same shape. Ends with one JSON line.
 
     python benchmarks/bench_kernels.py --threads 1 --threads 2
 """
@@ -22,24 +22,25 @@ from ternaryforge import _core
 from ternaryforge.machine import cpu_name
 
 COLS = 2560
-DECODE_ROWS = 163_840  # 105 MB of t16, 84 MB of t20
+DECODE_ROWS = 163_840  # 105 MB of t16, 84 MB of t20, 210 MB of t8
 PREFILL_SHAPES = [(6912, 2560), (2560, 6912)]
 PREFILL_TOKENS = 128
 LAYOUTS = ("t16", "t20")
 
 
-def make_tensor(rows: int, cols: int, group_size: int = 0) -> tuple[Any, NDArray[np.int8]]:
-    """A random t16 matrix with fp16 scales, and the trits of its first 64 rows."""
+def make_tensor(rows: int, cols: int, group_size: int, layout: str) -> tuple[Any, NDArray[np.int8]]:
+    """A random t16 or t8 matrix with fp16 scales, and the trits (or levels) of its first 64 rows."""
     random = np.random.default_rng(rows + cols)
-    codes = np.array([sum((i // 3**n % 3) << (2 * n) for n in range(4)) for i in range(81)], np.uint8)
-    data = codes[random.integers(0, 81, _core.formats.layout_bytes("t16", rows, cols), dtype=np.uint8)]
+    bits, base = (2, 3) if layout == "t16" else (4, 9)
+    codes = np.array([sum((i // base**n % base) << (bits * n) for n in range(8 // bits)) for i in range(81)], np.uint8)
+    data = codes[random.integers(0, 81, _core.formats.layout_bytes(layout, rows, cols), dtype=np.uint8)]
     shape = (rows, -(-cols // group_size)) if group_size else (1,)
     scales = random.uniform(0.5, 1.5, shape).astype(np.float16).astype(np.float32)
     kind = "group" if group_size else "tensor"
     tensor = _core.formats.PackedTensor(
-        "t16", rows, cols, data, scale_kind=kind, group_size=group_size, scales=scales.reshape(-1)
+        layout, rows, cols, data, scale_kind=kind, group_size=group_size, scales=scales.reshape(-1)
     )
-    head = _core.formats.unpack(data[: _core.formats.layout_bytes("t16", 64, cols)], "t16", 64, cols)
+    head = _core.formats.unpack(data[: _core.formats.layout_bytes(layout, 64, cols)], layout, 64, cols)
     return tensor, head
 
 
@@ -50,10 +51,21 @@ def check(tensors: dict[str, Any], head: NDArray[np.int8], activations: str, *, 
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
     if not grouped:
-        scale = tensors["t16"].effective_scales[0]
+        scale = next(iter(tensors.values())).effective_scales[0]
         codes, steps = _core.kernels.quantize_acts(x, activations=activations)
         expected = codes.astype(np.float64) @ head.T.astype(np.float64) / steps[:, None] * scale
         np.testing.assert_allclose(outputs[0][:, :64], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def make_layouts(rows: int, cols: int, group_size: int, threads: int, checked: tuple[str, ...]) -> dict[str, Any]:
+    """A matrix in every layout; their products are right."""
+    tensor, head = make_tensor(rows, cols, group_size, "t16")
+    tensors = {layout: _core.kernels.repack(tensor, layout, threads=threads) for layout in LAYOUTS}
+    planes, levels = make_tensor(rows, cols, group_size, "t8")
+    for activations in checked:
+        check(tensors, head, activations, grouped=group_size != 0)
+        check({"t8": planes}, levels, activations, grouped=group_size != 0)
+    return tensors | {"t8": planes}
 
 
 def measure(tensor: Any, tokens: int, activations: str, threads: int, passes: int) -> dict[str, Any]:
@@ -65,10 +77,8 @@ def measure(tensor: Any, tokens: int, activations: str, threads: int, passes: in
 
 def decode(threads: int, bandwidth: float, passes: int, group_size: int) -> Iterator[dict[str, Any]]:
     """Few tokens on a matrix larger than the caches."""
-    tensor, head = make_tensor(DECODE_ROWS, COLS, group_size)
-    tensors = {layout: _core.kernels.repack(tensor, layout, threads=threads) for layout in LAYOUTS}
+    tensors = make_layouts(DECODE_ROWS, COLS, group_size, threads, ("int8", "int16"))
     for activations in ("int8", "int16"):
-        check(tensors, head, activations, grouped=group_size != 0)
         for tokens in (1, 2, 4, 8) if activations == "int8" and group_size == 0 else (1,):
             for layout, weight in tensors.items():
                 found = measure(weight, tokens, activations, threads, passes)
@@ -85,9 +95,7 @@ def decode(threads: int, bandwidth: float, passes: int, group_size: int) -> Iter
 def prefill(threads: int, peak: float, passes: int, group_size: int) -> Iterator[dict[str, Any]]:
     """Many tokens on two matrices of a 2B model."""
     for rows, cols in PREFILL_SHAPES:
-        tensor, head = make_tensor(rows, cols, group_size)
-        tensors = {layout: _core.kernels.repack(tensor, layout, threads=threads) for layout in LAYOUTS}
-        check(tensors, head, "int8", grouped=group_size != 0)
+        tensors = make_layouts(rows, cols, group_size, threads, ("int8",))
         for layout, weight in tensors.items():
             found = measure(weight, PREFILL_TOKENS, "int8", threads, passes)
             rate = rows * cols * PREFILL_TOKENS / found["seconds"]
