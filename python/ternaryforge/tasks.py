@@ -189,7 +189,7 @@ def _hellaswag_rows(lines: Sequence[str], file: Path) -> list[Row]:
 
 
 def _multiple_choice(model: TernaryModel, question: _Question) -> dict[str, float]:
-    scores = np.array([_log_probability(model, *pair)[0] for pair in question.pairs])
+    scores = np.array([log_probability(model, *pair)[0] for pair in question.pairs])
     row = {"acc": float(scores.argmax() == question.gold)}
     if question.lengths is not None:
         row["acc_norm"] = float((scores / np.array(question.lengths)).argmax() == question.gold)
@@ -197,11 +197,11 @@ def _multiple_choice(model: TernaryModel, question: _Question) -> dict[str, floa
 
 
 def _last_words(model: TernaryModel, question: _Question) -> dict[str, float]:
-    score, greedy = _log_probability(model, *question.pairs[0], greedy=True)
+    score, greedy = log_probability(model, *question.pairs[0], greedy=True)
     return {"acc": float(greedy), "nats": -score}
 
 
-def _log_probability(
+def log_probability(
     model: TernaryModel, context: str, continuation: str, *, greedy: bool = False
 ) -> tuple[float, bool]:
     """Log p(continuation | context), and, if asked, whether each of its tokens is the likeliest.

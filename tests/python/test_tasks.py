@@ -118,7 +118,7 @@ def test_how_questions_are_asked(
         asked.append((pair[0], pair[1]))
         return 0.0, False
 
-    monkeypatch.setattr(tasks, "_log_probability", score)
+    monkeypatch.setattr(tasks, "log_probability", score)
     row = {"query": query, "choices": ["no", "b c"], "gold": 1}
     model: Any = None
     found = evaluate_tasks(model, {task: write(tmp_path / "x.jsonl", [row])})
