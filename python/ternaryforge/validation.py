@@ -39,7 +39,7 @@ DEFAULT_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog. "
     'One day, they saw a big red ball in the grass, and the dog ran to it. Lily laughed and said, "Good boy!"'
 )
-_GREEDY_TOKENS = 32
+_GREEDY_TOKENS = 128
 _PROMPT_TOKENS = 8
 
 

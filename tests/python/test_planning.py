@@ -268,6 +268,7 @@ print(start + memory.growth, peak, model.transformer.weight_bytes)
 """
 
 
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
 def test_memory_of_a_model_of_100_million_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Which layout a machine prefers is a measurement, which may differ from run to run.
     monkeypatch.setattr(_core.kernels, "fastest_layout", lambda *_, **__: "t20")

@@ -63,7 +63,7 @@ def test_a_file_in_an_engine(demo_file: Path, monkeypatch: pytest.MonkeyPatch) -
     use_engine(monkeypatch, engine)
     report = tf.validate(demo_file, threads=1)
     assert (report.top1_agreement, report.kl, report.tokens_equal, report.passed) == (1, 0, True, True)
-    assert (report.greedy_equal, report.greedy_tokens, report.reference) == (32, 32, "stand-in")
+    assert (report.greedy_equal, report.greedy_tokens, report.reference) == (128, 128, "stand-in")
     assert report.positions > 40
     assert report.perplexity == report.reference_perplexity
     assert report.perplexity == pytest.approx(tf.TernaryModel.from_pretrained(
@@ -129,7 +129,7 @@ def test_an_engine_that_gives_only_text(tmp_path: Path, demo_file: Path) -> None
     """The command prints what this library would say, and later something else; old ones refuse -no-cnv."""
     model = tf.TernaryModel.from_pretrained(demo_file, activations="float")
     prompt = model.encode(validation.DEFAULT_TEXT)[:8]
-    continued = model.generate(prompt, max_new_tokens=32)
+    continued = model.generate(prompt, max_new_tokens=128)
     command = tmp_path / "llama-cli"
     command.write_text(
         f'#!/bin/sh\nprintf \'%s\\n\' "$@" > {tmp_path}/arguments\nfor a; do [ "$a" = -no-cnv ] && exit 1; done\n'
@@ -140,12 +140,16 @@ def test_an_engine_that_gives_only_text(tmp_path: Path, demo_file: Path) -> None
     report = tf.validate(demo_file, engine=str(command), threads=1)
     arguments = (tmp_path / "arguments").read_text().splitlines()
     start = model.require_tokenizer().decode(prompt)
-    assert arguments == ["-m", str(demo_file), "-p", start, "-n", "32", "--temp", "0", "-t", "1", "--no-display-prompt"]
+    options = ["-n", "128", "--temp", "0", "-t", "1", "--no-display-prompt"]
+    assert arguments == ["-m", str(demo_file), "-p", start, *options]
     assert (report.top1_agreement, report.kl, report.tokens_equal, report.passed) == (1, None, None, True)
-    (tmp_path / "answer").write_text(" x" * 40, encoding="utf-8")
+    (tmp_path / "answer").write_text(" x" * 140, encoding="utf-8")
     assert not tf.validate(demo_file, engine=str(command), threads=1).passed
     command.write_text("#!/bin/sh\necho first >&2\necho it is no good >&2\nexit 7\n")
     with pytest.raises(ValueError, match=r"ended with 7 for .*: it is no good"):
+        LlamaCli(demo_file, str(command), threads=1).continue_text("x", [], 1, [])
+    command.write_text("#!/bin/sh\necho 'load: Error: wrong type' >&2\necho 'main: error' >&2\nexit 1\n")
+    with pytest.raises(ValueError, match=r"ended with 1 for .*: load: Error: wrong type$"):
         LlamaCli(demo_file, str(command), threads=1).continue_text("x", [], 1, [])
 
 

@@ -102,8 +102,7 @@ class LlamaCli:
         if code != 0:
             code, output, errors = self._run([*arguments, "--no-display-prompt"])
         if code != 0:
-            last = errors.strip().rpartition("\n")[2]
-            raise ValueError(f"[validate] {self._command} ended with {code} for '{self._file}': {last}")
+            raise ValueError(f"[validate] {self._command} ended with {code} for '{self._file}': {_reason(errors)}")
         return output.rstrip("\n").removesuffix(" [end of text]")
 
     def _run(self, arguments: list[str]) -> tuple[int, str, str]:
@@ -114,6 +113,12 @@ class LlamaCli:
 
     def close(self) -> None:
         """Nothing runs between two calls."""
+
+
+def _reason(errors: str) -> str:
+    """The first line that speaks of an error: the later ones only say who else gave up. Else the last line."""
+    lines = errors.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if "error" in line.lower() or "assert" in line.lower()), lines[-1]).strip()
 
 
 def open_engine(
