@@ -22,34 +22,44 @@ namespace hn = hwy::HWY_NAMESPACE;
 float AbsMax(const float* HWY_RESTRICT x, size_t size) {
   const hn::CappedTag<float, 16> d;
   const size_t lanes = hn::Lanes(d);
-  auto largest = hn::Zero(d);
+  constexpr size_t kVectors = 4;  // they do not wait for each other
+  hn::Vec<decltype(d)> largest[kVectors];
+  for (auto& vector : largest) vector = hn::Zero(d);
   size_t i = 0;
-  for (; i + lanes <= size; i += lanes) largest = hn::Max(largest, hn::Abs(hn::LoadU(d, x + i)));
+  for (; i + kVectors * lanes <= size; i += kVectors * lanes) {
+    for (size_t v = 0; v < kVectors; ++v)
+      largest[v] = hn::Max(largest[v], hn::Abs(hn::LoadU(d, x + i + v * lanes)));
+  }
   alignas(64) float parts[16];
-  hn::StoreU(largest, d, parts);
+  hn::StoreU(hn::Max(hn::Max(largest[0], largest[1]), hn::Max(largest[2], largest[3])), d, parts);
   float result = 0.0f;
   for (size_t lane = 0; lane < lanes; ++lane) result = std::max(result, parts[lane]);
   for (; i < size; ++i) result = std::max(result, std::abs(x[i]));
   return result;
 }
 
-// Codes of one chunk: code = 256 * high + low under kInt16, else low alone.
+// Codes of one chunk: code = 256 * high + low under kInt16, else low alone. Returns their sum.
 template <ActivationMode kMode>
-HWY_INLINE void QuantizeChunk(const float* HWY_RESTRICT x, float factor, int8_t* HWY_RESTRICT high,
-                              int8_t* HWY_RESTRICT low) {
+HWY_INLINE int32_t QuantizeChunk(const float* HWY_RESTRICT x, float factor,
+                                 int8_t* HWY_RESTRICT high, int8_t* HWY_RESTRICT low) {
 #if HWY_TARGET == HWY_SCALAR
   constexpr float kMax = kMode == ActivationMode::kInt16 ? kInt16MaxCode : kInt8MaxCode;
+  int32_t sum = 0;
   for (size_t i = 0; i < kChunkCols; ++i) {
     const float rounded = std::nearbyint(x[i] * factor);
     const auto code = static_cast<int32_t>(std::min(std::max(-kMax, rounded), kMax));
+    sum += code;
     low[i] = static_cast<int8_t>(code);
     if constexpr (kMode == ActivationMode::kInt16) {
       high[i] = static_cast<int8_t>((code - low[i]) / 256);
     }
   }
+  return sum;
 #else
   const hn::CappedTag<float, 16> d;
   const hn::Rebind<int8_t, decltype(d)> d8;
+  const hn::RebindToSigned<decltype(d)> d32;
+  auto sums = hn::Zero(d32);
   const auto factors = hn::Set(d, factor);
   // |x * factor| stays below max_code + 0.5, so the saturation of DemoteTo never acts on finite
   // input.
@@ -57,12 +67,17 @@ HWY_INLINE void QuantizeChunk(const float* HWY_RESTRICT x, float factor, int8_t*
     const auto codes = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), factors));
     if constexpr (kMode == ActivationMode::kInt16) {
       const auto lows = hn::ShiftRight<24>(hn::ShiftLeft<24>(codes));
+      const auto highs = hn::DemoteTo(d8, hn::ShiftRight<8>(hn::Sub(codes, lows)));
       hn::StoreU(hn::DemoteTo(d8, lows), d8, low + i);
-      hn::StoreU(hn::DemoteTo(d8, hn::ShiftRight<8>(hn::Sub(codes, lows))), d8, high + i);
+      hn::StoreU(highs, d8, high + i);
+      sums = hn::Add(sums, hn::Add(hn::ShiftLeft<8>(hn::PromoteTo(d32, highs)), lows));
     } else {
-      hn::StoreU(hn::DemoteTo(d8, codes), d8, low + i);
+      const auto stored = hn::DemoteTo(d8, codes);
+      hn::StoreU(stored, d8, low + i);
+      sums = hn::Add(sums, hn::PromoteTo(d32, stored));
     }
   }
+  return hn::GetLane(hn::SumOfLanes(d32, sums));
 #endif
 }
 
@@ -81,21 +96,15 @@ void QuantizeToken(const float* HWY_RESTRICT x, size_t size, size_t block,
   uint32_t sum = 0;
   prefix_sums[0] = 0;
   for (size_t begin = 0; begin < PaddedCols(size); begin += kChunkCols) {
-    alignas(64) int8_t high[kChunkCols] = {}, low[kChunkCols] = {};
+    alignas(64) int8_t high[kChunkCols], low[kChunkCols];
     if (begin + kChunkCols <= size) {
-      QuantizeChunk<kMode>(x + begin, factor, high, low);
-    } else if (begin < size) {
+      sum += static_cast<uint32_t>(QuantizeChunk<kMode>(x + begin, factor, high, low));
+    } else {
       alignas(64) float last[kChunkCols] = {};
-      std::memcpy(last, x + begin, (size - begin) * sizeof(float));
-      QuantizeChunk<kMode>(last, factor, high, low);
+      if (begin < size) std::memcpy(last, x + begin, (size - begin) * sizeof(float));
+      sum += static_cast<uint32_t>(QuantizeChunk<kMode>(last, factor, high, low));
     }
-    if (begin < size) {
-      int32_t low_sum = 0, high_sum = 0;
-      for (size_t i = 0; i < kChunkCols; ++i) low_sum += low[i];
-      for (size_t i = 0; i < kChunkCols; ++i) high_sum += high[i];
-      sum += static_cast<uint32_t>(256 * high_sum + low_sum);
-      prefix_sums[begin / kChunkCols + 1] = sum;
-    }
+    if (begin < size) prefix_sums[begin / kChunkCols + 1] = sum;
     int8_t* to = codes + begin * block;
     if constexpr (kMode == ActivationMode::kInt16) {
       Scatter(high, block, to);
