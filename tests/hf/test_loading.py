@@ -212,6 +212,16 @@ def test_one_scale_and_int8_are_saved_in_stock_form(tmp_path: Path) -> None:
     assert_close(logits(stock), logits(model), 2e-2)
 
 
+def test_a_head_of_another_task_begins_dense(tmp_path: Path) -> None:
+    _, folder = exported(tmp_path)
+    kind = transformers.AutoModelForSequenceClassification
+    with accelerate_bitnet():
+        fast = kind.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    assert layer_types(fast) == {TernaryLinear}
+    assert type(fast.score) is torch.nn.Linear
+    assert fast(some_ids()).logits.shape == (2, 3)
+
+
 def test_settings_and_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_size must be a positive multiple of 64, got 20"):
         TernaryForgeConfig("group", group_size=20)

@@ -110,7 +110,13 @@ class AcceleratedBitNetQuantizer(BitNetHfQuantizer):
             return
         excluded = self.quantization_config.modules_to_not_convert
         skipped = self.get_modules_to_not_convert(model, excluded, getattr(model, "_keep_in_fp32_modules", None))
-        meant = [name for name in _linear_modules(model, skipped) if name not in names]
+        # A head of another task, which no checkpoint holds, begins dense.
+        base = f"{model.base_model_prefix}."
+        meant = [
+            name
+            for name in _linear_modules(model, skipped)
+            if name not in names and (name.startswith(base) or not hasattr(model, model.base_model_prefix))
+        ]
         if meant:
             raise FormatError(
                 f"[load] '{meant[0]}' is not packed in the checkpoint, and modules_to_not_convert does not name it"
