@@ -9,9 +9,8 @@ docs/guide/quantization.md says what the methods do and what each is worth.
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
+from ternaryforge.bit_map import BitMap, read_bit_map
 from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, calibrate_block
+from ternaryforge.calibration_keeping import KeptLayers
 from ternaryforge.calibration_linear import (
     METHODS,
     Float32,
@@ -29,6 +30,7 @@ from ternaryforge.calibration_linear import (
     Method,
     Planes,
     QuantizedLinear,
+    quantize_linear,
     round_plainly,
 )
 from ternaryforge.calibration_text import WINDOW, CalibrationText, check_apart, draw_text, read_text
@@ -74,7 +76,8 @@ class CalibrationReport(Report):
 
     The perplexities (protocol documents, on what `measured_on` says) are those of the source, of
     rounding it by least squares, and of the result. `resumed_layers` were done by an earlier run.
-    `perplexity_untuned` is that before `tune_tokens` tokens of tuning, None without.
+    `perplexity_untuned` is that before `tune_tokens` tokens of tuning, None without. With a `bit_map`,
+    the counts are over all linear layers, whatever their mode, and `perplexity_before` is of rounding by it.
     """
 
     source: str
@@ -102,6 +105,7 @@ class CalibrationReport(Report):
     resumed_layers: int
     warnings: tuple[str, ...]
     layers: tuple[CalibratedLayer, ...]
+    bit_map: dict[str, Any] | None = None
 
 
 def calibrate(
@@ -113,6 +117,7 @@ def calibrate(
     scale: ScaleKind = "group",
     group_size: int = 128,
     planes: Planes = 1,
+    bit_map: BitMap | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     tokens: int = 32_768,
     evaluation: str | os.PathLike[str] | None = None,
     propagation: float = 0.5,
@@ -136,6 +141,7 @@ def calibrate(
             `row` or `group` a folder for this library.
         group_size: Columns that share a scale under `group`: a multiple of 64.
         planes: 1 for trits; 2 for two tied planes of them, nine levels in 4 bits, under `row` and `group`.
+        bit_map: The mode of every layer, embedding and head, as for `convert`; under `row` and `group`.
         tokens: How many are drawn from `data`; an eighth of its documents is never drawn.
         evaluation: Text to measure the result on; None takes the documents that are never drawn.
         propagation: Under `best`, the share of the error of its input that a layer makes up for: 0 to 1.
@@ -165,6 +171,11 @@ def calibrate(
         raise ValueError(f"[calibrate] descent_rounds is not negative, got {descent_rounds}")
     if tune_tokens < 0:
         raise ValueError(f"[calibrate] tune_tokens is not negative, got {tune_tokens}")
+    if bit_map is not None and (scale == "tensor" or tune_tokens or planes == 2):
+        raise ValueError(
+            "[calibrate] a bit map, which may say two_plane itself, goes with scale='row' or 'group', without planes "
+            f"and tune_tokens, got scale={scale!r}, planes={planes}, tune_tokens={tune_tokens}"
+        )
     if tune_tokens:
         check_packages()
     source, out = Path(source), Path(out)
@@ -172,13 +183,18 @@ def calibrate(
         raise FileExistsError(f"[calibrate] '{out}': there is something already; remove it or name another folder")
     with PeakAnonymous() as memory:
         options = LinearOptions(method, scale, group_size, _DAMPING, descent_rounds, threads, planes)
-        run = _Run(source, options, targets)
+        if bit_map is None:
+            run = CalibrationRun(source, options, targets)
+        else:
+            from ternaryforge.mapped_calibration import MappedCalibration
+
+            run = MappedCalibration(source, options, targets, read_bit_map(bit_map))
         text = read_text(data)
         measured = None if evaluation is None else read_text(evaluation)
         if measured is not None:
             check_apart(text, measured)
         drawn = run.draw(text, tokens, seed)
-        kept = _Kept(out, run.key(drawn, tokens, seed) | ({"tune_tokens": tune_tokens} if tune_tokens else {}))
+        kept = KeptLayers(out, run.key(drawn, tokens, seed) | ({"tune_tokens": tune_tokens} if tune_tokens else {}))
         before = run.measure(measured or drawn.held_out)
         resumed = run.quantize(drawn, kept, progress)
         after, untuned = run.perplexity(run.quantized, measured or drawn.held_out), None
@@ -215,6 +231,7 @@ def calibrate(
         resumed_layers=resumed,
         warnings=(f"{dead} linear layers have input channels that were 0 for the whole text",) if dead else (),
         layers=tuple(run.layers),
+        bit_map=None if bit_map is None else read_bit_map(bit_map).to_dict(),
     )
 
 
@@ -231,50 +248,7 @@ def _check(method: str, scale: str, planes: int, tokens: int) -> None:
         raise ValueError(f"[calibrate] tokens is at least 1, got {tokens}")
 
 
-class _Kept:
-    """The layers that are done, one file each, and what tuning has reached, in a hidden folder beside the result."""
-
-    def __init__(self, out: Path, key: dict[str, Any]) -> None:
-        self.folder = out.absolute().with_name(f".{out.name}.calibration")
-        file = self.folder / "key.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != key:
-            raise ValueError(
-                f"[calibrate] '{self.folder}' must hold an unfinished run with the same source, text and options, got "
-                "another one: finish that one, or remove the folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._replace(file, json.dumps(key).encode())
-
-    def save(self, layer: int | str, arrays: dict[str, NDArray[Any]]) -> None:
-        """Keeps the arrays of a layer, or under a name; all or nothing."""
-        partial = self.folder / "layer.partial"
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._file(layer))
-
-    def load(self, layer: int | str) -> dict[str, NDArray[Any]] | None:
-        """The arrays of a layer, or of a name; None where it is not done."""
-        if not self._file(layer).is_file():
-            return None
-        with np.load(self._file(layer)) as arrays:
-            return dict(arrays)
-
-    def discard(self) -> None:
-        """Removes all; the result holds it now."""
-        shutil.rmtree(self.folder)
-
-    def _file(self, layer: int | str) -> Path:
-        return self.folder / (f"layer-{layer:05d}.npz" if isinstance(layer, int) else f"{layer}.npz")
-
-    def _replace(self, file: Path, data: bytes) -> None:
-        partial = self.folder / "key.partial"
-        partial.write_bytes(data)
-        partial.replace(file)
-
-
-class _Run:
+class CalibrationRun:
     """One calibration: the source, the two models, and what is known about the layers so far."""
 
     def __init__(self, source: Path, options: LinearOptions, targets: Targets) -> None:
@@ -362,7 +336,7 @@ class _Run:
                 )
         return self.perplexity(self._reference, text), self.perplexity(rounded, text)
 
-    def quantize(self, drawn: CalibrationText, kept: _Kept, progress: Progress | None) -> int:
+    def quantize(self, drawn: CalibrationText, kept: KeptLayers, progress: Progress | None) -> int:
         """Quantises layer after layer; returns how many were there already."""
         walk = BlockWalk(self._reference, self.quantized, drawn.sequences, self._options.threads)
         total, done, resumed = len(self._shapes), 0, 0
@@ -373,11 +347,11 @@ class _Run:
             if progress is not None:
                 progress(done, total, slot)
 
-        editor = BlockEditor(self._read, self._replace, step)
+        editor = BlockEditor(self._read, self._quantize, self._replace, step)
         for layer in range(len(self._architecture.spec.layers)):
             arrays = kept.load(layer)
             if arrays is None:
-                linears = calibrate_block(walk, editor, self._targets, self._options)
+                linears = calibrate_block(walk, editor, self._targets)
                 arrays = {}
                 for slot, linear in linears.items():
                     arrays[slot + ".codes"], arrays[slot + ".scales"] = self._codes(linear.trits, linear.scales)
@@ -395,7 +369,7 @@ class _Run:
             walk.advance()
         return resumed
 
-    def tune(self, text: str, kept: _Kept, tokens: int, seed: int, progress: Progress | None) -> None:
+    def tune(self, text: str, kept: KeptLayers, tokens: int, seed: int, progress: Progress | None) -> None:
         """Trains scales and norms; what was reached is kept, and the quantised model is made of it."""
         spec = self._architecture.spec
         layers = [kept.load(layer) or {} for layer in range(len(spec.layers))]
@@ -428,6 +402,12 @@ class _Run:
             rows, cols = self._shapes[name]
             self.layers.append(CalibratedLayer(name, rows, cols, float(before), float(after), float(zeros), int(dead)))
 
+    def _quantize(
+        self, slot: str, weights: Float32, moments: NDArray[np.float64], lacking: NDArray[np.float64] | None
+    ) -> QuantizedLinear:
+        del slot  # all alike
+        return quantize_linear(weights, moments, lacking, self._options)
+
     def _replace(self, slot: str, linear: QuantizedLinear) -> Float32:
         self.quantized.replace_linear(slot, self._packed(*self._codes(linear.trits, linear.scales)))
         rows, cols = linear.trits.shape
@@ -455,7 +435,7 @@ class _Run:
             scales=stored.reshape(-1),
         )
 
-    def write(self, out: Path, kept: _Kept) -> int:
+    def write(self, out: Path, kept: KeptLayers) -> int:
         """Writes the folder, all or nothing; returns the size of the weights file."""
         checkpoint = self._checkpoint
         infos = (checkpoint.info(name) for name in checkpoint)

@@ -3,13 +3,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ternaryforge import _core
-from ternaryforge.calibration_linear import Float32, Float64, LinearOptions, QuantizedLinear, quantize_linear
+from ternaryforge.calibration_linear import Float32, Float64
 
 Tap = Literal["query", "output", "up", "down"]
 STAGES: tuple[tuple[Tap, tuple[str, ...]], ...] = (
@@ -107,28 +107,31 @@ class BlockWalk:
         _core.quant.sum_moments(a, b, sums, threads=self._threads)
 
 
+Quantized = TypeVar("Quantized")
+
+
 @dataclass(frozen=True, slots=True)
-class BlockEditor:
+class BlockEditor(Generic[Quantized]):
     """What calibration needs of the checkpoint and of the quantised model.
 
-    `read` gives the weights of a slot; `replace` puts quantised ones into the model and gives their
-    values; `progress` is called with every slot that is done.
+    `read` gives the weights of a slot; `quantize` makes something of them, of the second moments of the
+    input and of what the output lacks (see `quantize_linear`); `replace` puts that into the model and gives
+    its values; `progress` is called with every slot that is done.
     """
 
     read: Callable[[str], Float32]
-    replace: Callable[[str, QuantizedLinear], Float32]
+    quantize: Callable[[str, Float32, Float64, Float64 | None], Quantized]
+    replace: Callable[[str, Quantized], Float32]
     progress: Callable[[str], None]
 
 
-def calibrate_block(
-    walk: BlockWalk, editor: BlockEditor, targets: Targets, options: LinearOptions
-) -> dict[str, QuantizedLinear]:
+def calibrate_block(walk: BlockWalk, editor: BlockEditor[Quantized], targets: Targets) -> dict[str, Quantized]:
     """Quantises all linear layers of the layer at which `walk` stands, each minding those before it.
 
     Raises ValueError that names the slot for activations that are not finite or all zero.
     """
     prefix = f"layers.{walk.layer}."
-    done: dict[str, QuantizedLinear] = {}
+    done: dict[str, Quantized] = {}
     output_weights: tuple[Float32, Float32] | None = None
     for tap, names in STAGES:
         try:
@@ -140,7 +143,7 @@ def calibrate_block(
                 lacking = None if shift is None else targets.propagation * (weights @ shift)
                 if stream_error is not None:
                     lacking = targets.residual * stream_error + (0 if lacking is None else lacking)
-                done[slot] = quantize_linear(weights, moments, lacking, options)
+                done[slot] = editor.quantize(slot, weights, moments, lacking)
                 values = editor.replace(slot, done[slot])
                 if tap == "output":
                     output_weights = weights, values

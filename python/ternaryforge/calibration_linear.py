@@ -65,16 +65,7 @@ def quantize_linear(
     `lacking` [rows, cols] holds E[(wanted - W x) x^T], None for nothing. Raises ValueError for an
     input that is zero for the whole text.
     """
-    cols = weights.shape[1]
-    diagonal = np.diag(moments)
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        raise ValueError("[calibrate] the input must not be zero for the whole calibration text, got only zeros")
-    damped = moments + options.damping * mean * np.eye(cols)
-    target = weights.astype(np.float64)
-    if lacking is not None:
-        target += np.linalg.solve(damped, lacking.T).T
-    target = np.ascontiguousarray(target)
+    target, damped = fit_target(weights, moments, lacking, options.damping)
     feedback = options.method in ("gptq", "best")
     factor = _factor(damped) if feedback else None
     importance = np.ascontiguousarray(np.diag(damped))
@@ -91,7 +82,7 @@ def quantize_linear(
         scales=scales,
         error_before=_error(target, *plain, moments, options) / energy,
         error_after=_error(target, trits, scales, moments, options) / energy,
-        dead_channels=int(np.count_nonzero(diagonal == 0)),
+        dead_channels=int(np.count_nonzero(np.diag(moments) == 0)),
     )
 
 
@@ -103,6 +94,18 @@ def round_plainly(weights: Float32, options: LinearOptions) -> tuple[NDArray[np.
     return _core.quant.quantize_weights(
         weights, scheme="ls", scale=options.scale, group_size=options.group_size, threads=options.threads
     )
+
+
+def fit_target(weights: Float32, moments: Float64, lacking: Float64 | None, damping: float) -> tuple[Float64, Float64]:
+    """The weights that fit best, and the damped moments; see `quantize_linear`."""
+    mean = float(np.diag(moments).mean())
+    if mean <= 0:
+        raise ValueError("[calibrate] the input must not be zero for the whole calibration text, got only zeros")
+    damped = moments + damping * mean * np.eye(weights.shape[1])
+    target = weights.astype(np.float64)
+    if lacking is not None:
+        target += np.linalg.solve(damped, lacking.T).T
+    return np.ascontiguousarray(target), damped
 
 
 def _factor(moments: Float64) -> Float64:

@@ -38,6 +38,9 @@ def command(
     planes: Annotated[
         int, typer.Option(min=1, max=2, help="1: trits. 2: two tied planes of them, 4 bits a weight, far closer.")
     ] = 1,
+    bit_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Modes per layer as JSON, such as 'search' writes.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw from the text.")] = 32_768,
     evaluation: Annotated[
         Path | None, typer.Option(help="Text to measure on; default: documents of the text that are not drawn.")
@@ -59,6 +62,7 @@ def command(
         scale=scale.value,
         group_size=group_size,
         planes=planes,
+        bit_map=bit_map,
         tokens=tokens,
         evaluation=evaluation,
         tune_tokens=tune_tokens,

@@ -58,11 +58,10 @@ def command(
     if calibrate != (data is not None):
         raise typer.BadParameter("--calibrate and --data FILE go together")
     if data is not None:
-        if bit_map is not None:
-            raise typer.BadParameter("--bit-map does not go with --calibrate")
         from ternaryforge.cli.calibrate import run
 
-        run(source, out, data, json=json, scale=scale.value, group_size=group_size, threads=threads, seed=seed)
+        options = {"scale": scale.value, "group_size": group_size, "bit_map": bit_map, "threads": threads}
+        run(source, out, data, json=json, seed=seed, **options)
         return
     from ternaryforge.conversion import convert
 
