@@ -149,6 +149,7 @@ struct GroupSums {
       high_acts[t] = args.acts.high(token + t) + col;
       low_acts[t] = args.acts.low(token + t) + col;
       high[t] = low[t] = hn::Zero(DotSumsTag());
+      high_pairs[t] = low_pairs[t] = hn::Zero(simd_hwy::DotPairsTag());
     }
   }
 
