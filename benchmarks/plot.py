@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the figures of docs/performance.md from benchmarks/results/ as small SVG files.
+"""Draws the figures of the documents from benchmarks/results/ as small SVG files.
 
 Usage: python benchmarks/plot.py [OUTPUT_FOLDER]      (needs matplotlib: pip install 'ternaryforge[plot]')
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bit_map_study
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
@@ -78,6 +79,11 @@ def contexts(document: Any) -> Figure:
     return figure
 
 
+def bit_maps(document: Any) -> Figure:
+    """Perplexity over size of bit maps."""
+    return bit_map_study.plot(document["points"], f"stories260K, {document['documents']} documents")
+
+
 def main() -> int:
     """Writes every figure whose results are there."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
@@ -85,6 +91,7 @@ def main() -> int:
     for name, draw, source in (
         ("peers.svg", peers, "peers-bitnet-2b-4t.json"),
         ("contexts.svg", contexts, "bench-bitnet-2b-4t.json"),
+        ("bit-maps-stories260K.svg", bit_maps, "bit-maps-stories260K.json"),
     ):
         save(draw(read(source)), output / name)
     return 0
