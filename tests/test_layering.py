@@ -101,6 +101,12 @@ def test_python_keeps_its_layers() -> None:
     assert list(python_violations(ROOT / "python" / "ternaryforge")) == []
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their names alone, so that a whole run would stop at the second one."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_import_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, ternaryforge; print({'torch', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
