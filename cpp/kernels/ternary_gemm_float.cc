@@ -15,6 +15,7 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include "kernels/float_panels-inl.h"
 #include "kernels/unpack-inl.h"
 #include "simd/float-inl.h"
 
@@ -80,44 +81,18 @@ void AddFloatRun(const TileRun& run, const uint8_t* panel, size_t cols, const fl
   }
 }
 
-template <size_t kTokens>
-void PanelTokens(const PackedTensor& weight, const TileRuns& runs, size_t panel, const float* x,
-                 size_t x_stride, float* out, size_t out_stride) {
-  const size_t rows = std::min(kPanelRows, weight.rows() - panel * kPanelRows);
-  const uint8_t* stream = weight.bytes().data() + panel * runs.PanelBytes();
-  alignas(64) float totals[kTokens * kPanelRows] = {};
-  for (size_t group = 0; group < runs.groups(); ++group) {
-    alignas(64) float sums[kTokens * kPanelRows] = {};
-    for (size_t run = 0; run < runs.RunsPerGroup(); ++run) {
-      AddFloatRun<kTokens>(runs.Run(group, run), stream, weight.cols(), x, x_stride, sums);
-    }
-    for (size_t token = 0; token < kTokens; ++token) {
-      for (size_t row = 0; row < rows; ++row) {
-        totals[token * kPanelRows + row] +=
-            sums[token * kPanelRows + row] * weight.ScaleAt(panel * kPanelRows + row, group);
-      }
-    }
-  }
-  for (size_t token = 0; token < kTokens; ++token) {
-    std::memcpy(out + token * out_stride + panel * kPanelRows, totals + token * kPanelRows,
-                rows * sizeof(float));
-  }
-}
-
 void GemmFloat(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
                size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
   const TileRuns runs(weight);
-  for (size_t panel = panel_begin; panel < panel_end; ++panel) {
-    size_t token = 0;
-    for (; token + 4 <= tokens; token += 4) {
-      PanelTokens<4>(weight, runs, panel, x + token * x_stride, x_stride, out + token * out_stride,
-                     out_stride);
+  const auto add_group = [&]<size_t kTokens>(size_t panel, size_t group, const float* from,
+                                             float* sums) HWY_ATTR {
+    const uint8_t* stream = weight.bytes().data() + panel * runs.PanelBytes();
+    for (size_t run = 0; run < runs.RunsPerGroup(); ++run) {
+      AddFloatRun<kTokens>(runs.Run(group, run), stream, weight.cols(), from, x_stride, sums);
     }
-    for (; token < tokens; ++token) {
-      PanelTokens<1>(weight, runs, panel, x + token * x_stride, x_stride, out + token * out_stride,
-                     out_stride);
-    }
-  }
+  };
+  FloatPanels(weight, runs.groups(), x, tokens, x_stride, panel_begin, panel_end, out, out_stride,
+              add_group);
 }
 
 }  // namespace tf::HWY_NAMESPACE

@@ -17,6 +17,7 @@
 #include <hwy/highway.h>
 
 #include "kernels/epilogue-inl.h"
+#include "kernels/float_panels-inl.h"
 #include "simd/dot-inl.h"
 #include "simd/float-inl.h"
 
@@ -30,6 +31,11 @@ namespace {
 
 inline constexpr size_t kMaxPanels = 2;  // multiplied together
 inline constexpr size_t kSumRows = kMaxPanels * kPanelRows;
+
+// Columns that share a scale.
+size_t GroupCols(const PackedTensor& weight) {
+  return weight.scales().kind == ScaleKind::kGroup ? weight.scales().group_size : weight.cols();
+}
 
 // Panels that share one pass over the activations of a block of lanes: where a tile is one vector,
 // two of them fill the registers that many lanes leave.
@@ -200,8 +206,7 @@ void RunBlock(const PackedTensor& weight, const Epilogue& epilogue, const Quanti
               size_t first_token, size_t tokens, size_t panel, size_t panels,
               float* HWY_RESTRICT out, size_t out_stride) {
   const size_t cols = weight.cols(), panel_bytes = T8PanelBytes(cols);
-  const size_t group_cols =
-      weight.scales().kind == ScaleKind::kGroup ? weight.scales().group_size : cols;
+  const size_t group_cols = GroupCols(weight);
   const uint8_t* stream = weight.bytes().data() + panel * panel_bytes;
   const int8_t* codes =
       acts.codes + first_token * acts.lanes_per_token / acts.block * acts.block_stride;
@@ -299,45 +304,19 @@ HWY_INLINE void AddColumns(const uint8_t* HWY_RESTRICT tile, size_t cols,
   }
 }
 
-template <size_t kTokens>
-void FloatTokens(const PackedTensor& weight, size_t panel, const float* x, size_t x_stride,
-                 float* out, size_t out_stride) {
-  const size_t cols = weight.cols();
-  const size_t rows = std::min(kPanelRows, weight.rows() - panel * kPanelRows);
-  const size_t group_cols =
-      weight.scales().kind == ScaleKind::kGroup ? weight.scales().group_size : cols;
-  const uint8_t* stream = weight.bytes().data() + panel * T8PanelBytes(cols);
-  alignas(64) float totals[kTokens * kPanelRows] = {};
-  for (size_t begin = 0, group = 0; begin < cols; begin += group_cols, ++group) {
-    alignas(64) float sums[kTokens * kPanelRows] = {};
-    AddColumns<kTokens>(stream + begin / kT8TileCols * kTileBytes,
-                        std::min(group_cols, cols - begin), x + begin, x_stride, sums);
-    for (size_t token = 0; token < kTokens; ++token) {
-      for (size_t row = 0; row < rows; ++row) {
-        totals[token * kPanelRows + row] +=
-            sums[token * kPanelRows + row] * weight.ScaleAt(panel * kPanelRows + row, group);
-      }
-    }
-  }
-  for (size_t token = 0; token < kTokens; ++token) {
-    std::memcpy(out + token * out_stride + panel * kPanelRows, totals + token * kPanelRows,
-                rows * sizeof(float));
-  }
-}
-
 void LinearFloat(const PackedTensor& weight, const float* x, size_t tokens, size_t x_stride,
                  size_t panel_begin, size_t panel_end, float* out, size_t out_stride) {
-  for (size_t panel = panel_begin; panel < panel_end; ++panel) {
-    size_t token = 0;
-    for (; token + 4 <= tokens; token += 4) {
-      FloatTokens<4>(weight, panel, x + token * x_stride, x_stride, out + token * out_stride,
-                     out_stride);
-    }
-    for (; token < tokens; ++token) {
-      FloatTokens<1>(weight, panel, x + token * x_stride, x_stride, out + token * out_stride,
-                     out_stride);
-    }
-  }
+  const size_t cols = weight.cols();
+  const size_t group_cols = GroupCols(weight);
+  const auto add_group = [&]<size_t kTokens>(size_t panel, size_t group, const float* from,
+                                             float* sums) HWY_ATTR {
+    const size_t begin = group * group_cols;
+    const uint8_t* stream = weight.bytes().data() + panel * T8PanelBytes(cols);
+    AddColumns<kTokens>(stream + begin / kT8TileCols * kTileBytes,
+                        std::min(group_cols, cols - begin), from + begin, x_stride, sums);
+  };
+  FloatPanels(weight, DivCeil(cols, group_cols), x, tokens, x_stride, panel_begin, panel_end, out,
+              out_stride, add_group);
 }
 
 }  // namespace

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge.bit_map import MODES, Mode
 from ternaryforge.calibration_text import read_text
-from ternaryforge.evaluation import Window, cut_documents
+from ternaryforge.evaluation import Window, cut_documents, log_softmax
 from ternaryforge.families.base import LINEAR_SLOTS
 from ternaryforge.gguf.export_source import ExportSource, open_source
 from ternaryforge.mode_encoding import Encoded, encode, plan_matrix
 from ternaryforge.model import TernaryModel
 from ternaryforge.quantization import ScaleKind
-from ternaryforge.report import Report
+from ternaryforge.report import Report, new_figure
 from ternaryforge.rounding import RoundingOptions, check_options
 
 if TYPE_CHECKING:
@@ -82,11 +82,7 @@ class AnalysisReport(Report):
 
     def plot(self) -> "Figure":
         """Rise of nll by layer and mode, and zeros and scales by layer."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("[plot] matplotlib is missing; pip install 'ternaryforge[plot]'") from error
-        figure = Figure(figsize=(10, 6), layout="constrained")
+        figure = new_figure(10, 6)
         loss, zeros = figure.subplots(2, 1, sharex=True)
         places, names = range(len(self.layers)), [layer.name.removeprefix("layers.") for layer in self.layers]
         for i, effect in enumerate(self.layers[0].effects):
@@ -137,7 +133,7 @@ def analyze(
         model: A checkpoint folder, a GGUF file, `org/name` of the hub, or "demo"; dense or ternary.
         data: UTF-8 text; documents end with <|endoftext|>.
         by: "layer", all linear layers of a layer at once, or "linear", each by itself.
-        modes: Those to try: int8, ternary (rounded by least squares), binary, f16.
+        modes: Those to try: f16, int8, two_plane and ternary (rounded by least squares), binary.
         scale: What shares a scale under ternary and binary: `tensor`, `row` or `group`.
         group_size: Columns of a group, a multiple of 64.
         tokens: Documents are taken from the start until so many tokens are scored.
@@ -313,9 +309,8 @@ class _Analysis:
             ids = np.asarray(window.ids, np.int32)
             for begin in range(0, len(ids), _CHUNK_TOKENS):
                 chunk = ids[begin : begin + _CHUNK_TOKENS]
-                logits = self._transformer.forward([(chunk, state)], logits="all").astype(np.float64)
-                logits -= logits.max(1, keepdims=True)
-                parts.append((logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32))
+                logits = self._transformer.forward([(chunk, state)], logits="all")
+                parts.append(log_softmax(logits).astype(np.float32))
             yield np.concatenate(parts)
 
     def _measure(self, predictions: Iterator[NDArray[np.float32]]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge.machine import EnergyMeter, Machine, measure_machine
 from ternaryforge.memory import PeakAnonymous
-from ternaryforge.report import Report
+from ternaryforge.report import Report, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,11 +84,7 @@ class BenchmarkReport(Report):
 
     def plot(self) -> "Figure":
         """Tokens per second of decoding by context, one line per target and thread count."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("[plot] matplotlib is missing; pip install 'ternaryforge[plot]'") from error
-        figure = Figure(figsize=(6, 4), layout="tight")
+        figure = new_figure(6, 4, "tight")
         axes = figure.subplots()
         lines: dict[str, dict[int, float]] = {}
         for result in self.results:

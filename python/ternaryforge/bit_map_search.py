@@ -29,7 +29,7 @@ from ternaryforge.map_measuring import Choice, LiveModel, MapSpace, MeasuredMaps
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
 from ternaryforge.model import Activations
 from ternaryforge.quantization import ScaleKind
-from ternaryforge.report import Report
+from ternaryforge.report import Report, new_figure
 from ternaryforge.rounding import RoundingOptions, check_options
 from ternaryforge.tokenizer import Tokenizer
 
@@ -97,11 +97,7 @@ class SearchResult(Report):
 
     def plot(self) -> "Figure":
         """Perplexity over size of all maps that were measured, and the one that was chosen."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("[plot] matplotlib is missing; pip install 'ternaryforge[plot]'") from error
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(7, 4)
         axes = figure.subplots()
         axes.plot(
             [found.size_bytes / MEGABYTE for found in self.measured],
@@ -212,7 +208,7 @@ def search(
         effects=tuple(job.effects()),
         measured=tuple(
             MeasuredMap(job.space.size(found), math.exp(nll), tuple(job.space.bit_map(found).to_dict()["layer_modes"]))
-            for found, nll in job.memory.all("rounded").items()
+            for found, nll in job.memory.all().items()
         ),
     )
     if output is not None:
@@ -309,7 +305,7 @@ class _Job:
         self.exhaustive = len(self.space.modes) ** len(self.space.units) <= _MOST_EXHAUSTIVE
         # As `convert` writes the folder.
         activations: Activations = "int8" if architecture.family == "bitnet" else "int16"
-        live = LiveModel(self.space, ends, mapped.encode, activations=activations, threads=threads)
+        live = LiveModel(self.space, ends, activations=activations, threads=threads)
         self._measure: Callable[[Choice], float] = lambda choice: live.nll(choice, windows)
         self._progress = progress
         self._done = self._expected = 0
@@ -324,7 +320,7 @@ class _Job:
 
     def nll(self, choice: Choice, what: str = "") -> float:
         """Of a map as a whole."""
-        value = self.memory.get("rounded", choice, self._measure)
+        value = self.memory.get(choice, self._measure)
         self._done += 1
         if self._progress is not None:
             self._progress(min(self._done, self._expected), self._expected, what)
@@ -432,7 +428,7 @@ class _Job:
         return [choice for _, choice in heapq.nsmallest(_PAIRS, found)]
 
     def _best(self, limits: Limits) -> Choice:
-        known = {choice: (nll, self.space.size(choice)) for choice, nll in self.memory.all("rounded").items()}
+        known = {choice: (nll, self.space.size(choice)) for choice, nll in self.memory.all().items()}
         kept = [choice for choice, (nll, size) in known.items() if limits.keeps(nll, size)]
         if kept:
             return min(kept, key=lambda choice: (limits.rank(*known[choice]), choice))

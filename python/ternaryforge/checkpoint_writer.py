@@ -201,6 +201,13 @@ class CheckpointWriter:
             (self._folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, self._folder / name)
 
+    def copy_companions(self, folder: Path) -> None:
+        """Copies what `COMPANION_FILES` names of a checkpoint folder, to the same places."""
+        for pattern in COMPANION_FILES:
+            for file in sorted(folder.glob(pattern)):
+                if file.is_file():
+                    self.copy_file(file, str(file.relative_to(folder)))
+
     def _planned(self, name: str) -> TensorPlan:
         if name not in self._missing:
             raise ValueError(f"[save] '{name}' was not planned or is written already")

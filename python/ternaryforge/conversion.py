@@ -23,7 +23,7 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.bit_map import BitMap, Mode, read_bit_map
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.families.base import Part
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
@@ -267,10 +267,7 @@ class _Copy:
                 if progress is not None:
                     progress(done, sum(sizes.values()), name)
             self._write_config(writer)
-            for pattern in COMPANION_FILES:
-                for file in sorted(checkpoint.path.glob(pattern)):
-                    if file.is_file():
-                        writer.copy_file(file, str(file.relative_to(checkpoint.path)))
+            writer.copy_companions(checkpoint.path)
         return writer.file_bytes
 
     def _plan(self) -> list[TensorPlan]:

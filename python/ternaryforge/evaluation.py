@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge.report import Report
@@ -160,3 +161,11 @@ def _chunk_windows(tokenizer: Tokenizer, text: str, size: int, *, llama_cpp: boo
         # llama-perplexity scores the predictions made at positions size / 2 .. size - 2.
         first = size // 2 + 1 if llama_cpp else 1
         yield Window(part, first, sum(len(tokenizer.token_bytes(i)) for i in part[first:]))
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log-probabilities [..., vocab] of logits [..., vocab]."""
+    values = logits.astype(np.float64)
+    values -= values.max(-1, keepdims=True)
+    values -= np.log(np.exp(values).sum(-1, keepdims=True))
+    return values

@@ -14,13 +14,11 @@ from ternaryforge import _core
 from ternaryforge.bit_map import BitMap, LayerModes, Mode
 from ternaryforge.evaluation import Window, score_windows
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
-from ternaryforge.mode_encoding import Encoded
 from ternaryforge.model import Activations
 from ternaryforge.weights import load_weights, taken_rows
 
 Choice = tuple[int, ...]
 """The mode of every unit, by its place in the list of modes."""
-Encoder = Callable[[str, Mode], Encoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +83,7 @@ class MapSpace:
 class LiveModel:
     """The model with its linear layers exchanged in place; every other weight as the map has it."""
 
-    def __init__(
-        self, space: MapSpace, ends: BitMap, encoder: Encoder, *, activations: Activations, threads: int
-    ) -> None:
+    def __init__(self, space: MapSpace, ends: BitMap, *, activations: Activations, threads: int) -> None:
         mapped = space.mapped
         weights = load_weights(mapped.checkpoint, mapped.architecture)
         for name, matrix in mapped.matrices.items():
@@ -97,7 +93,6 @@ class LiveModel:
             mapped.architecture.spec, weights, activations=activations, threads=threads
         )
         self._space = space
-        self._encoder = encoder
         self._now: list[int | None] = [None] * len(space.units)
         names = mapped.architecture.tensor_names
         self._slots: dict[str, list[str]] = {}
@@ -113,7 +108,7 @@ class LiveModel:
                 continue
             self._now[i] = None
             for name in space.units[i].tensors:
-                encoded = self._encoder(name, space.modes[mode])
+                encoded = space.mapped.encode(name, space.modes[mode])
                 for slot in self._slots[name]:
                     rows = taken_rows(space.mapped.architecture, slot, slots[slot][0])
                     self._transformer.replace_linear(slot, encoded.rows(rows).packed())
@@ -122,7 +117,7 @@ class LiveModel:
 
 
 class MeasuredMaps:
-    """What was measured, by kind and choice; kept in a file after every measurement, so that a run can go on.
+    """What was measured, by choice; kept in a file after every measurement, so that a run can go on.
 
     A file of another model, text or other options is replaced.
     """
@@ -141,9 +136,9 @@ class MeasuredMaps:
                 self._values = {str(name): float(value) for name, value in found["nll"].items()}
                 self.resumed = len(self._values)
 
-    def get(self, kind: str, choice: Choice, measure: Callable[[Choice], float]) -> float:
+    def get(self, choice: Choice, measure: Callable[[Choice], float]) -> float:
         """The nll of a choice, measured where it is not known."""
-        name = f"{kind} {''.join(map(str, choice))}"
+        name = "".join(map(str, choice))
         if name not in self._values:
             value = measure(choice)
             if not np.isfinite(value):
@@ -152,14 +147,9 @@ class MeasuredMaps:
             self._save()
         return self._values[name]
 
-    def all(self, kind: str) -> dict[Choice, float]:
-        """Everything measured of a kind."""
-        found = {}
-        for name, value in self._values.items():
-            own, _, digits = name.partition(" ")
-            if own == kind:
-                found[tuple(map(int, digits))] = value
-        return found
+    def all(self) -> dict[Choice, float]:
+        """Everything measured."""
+        return {tuple(map(int, name)): value for name, value in self._values.items()}
 
     def _save(self) -> None:
         if self._file is None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration by a bit map: trits, in one plane or two, as always, the rest rounded, all minding those before."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from numpy.typing import NDArray
 
 from ternaryforge import _core
 from ternaryforge.bit_map import BitMap, Mode
-from ternaryforge.calibration import CalibratedLayer, CalibrationRun
-from ternaryforge.calibration_blocks import BlockEditor, BlockWalk, Targets, calibrate_block
+from ternaryforge.calibration_blocks import Targets
 from ternaryforge.calibration_keeping import KeptLayers
 from ternaryforge.calibration_linear import Float32, Float64, LinearOptions, Planes, fit_target, quantize_linear
+from ternaryforge.calibration_run import CalibrationRun
 from ternaryforge.calibration_text import CalibrationText
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
 from ternaryforge.mode_encoding import Encoded, encode
 from ternaryforge.rounding import RoundingOptions
 from ternaryforge.weights import load_weights
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +29,11 @@ class EncodedLinear:
     error_before: float
     error_after: float
     dead_channels: int
+
+    @property
+    def trits(self) -> NDArray[Any]:
+        """Codes, floats under f16."""
+        return self.encoded.codes
 
 
 class MappedCalibration(CalibrationRun):
@@ -55,45 +57,6 @@ class MappedCalibration(CalibrationRun):
         for slot in self._architecture.linear_modules():
             rounded.replace_linear(slot, self._round(slot, self._read(slot)).packed())
         return self.perplexity(self._reference, text), self.perplexity(rounded, text)
-
-    def quantize(self, drawn: CalibrationText, kept: KeptLayers | None, progress: Progress | None) -> int:
-        """Layer after layer; returns how many were there already. `kept` None: only the model is made."""
-        walk = BlockWalk(self._reference, self.quantized, drawn.sequences, self._options.threads)
-        total, done, resumed = len(self._architecture.linear_modules()), 0, 0
-
-        def step(slot: str) -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total, slot)
-
-        editor = BlockEditor(self._read, self._quantize_slot, self._put, step)
-        for layer in range(len(self._architecture.spec.layers)):
-            arrays = None if kept is None else kept.load(layer)
-            if arrays is None:
-                arrays = {}
-                for slot, linear in calibrate_block(walk, editor, self._targets).items():
-                    codes = linear.encoded.codes
-                    zeros = 1 - np.count_nonzero(codes) / codes.size
-                    arrays[slot + ".codes"], arrays[slot + ".scales"] = codes, linear.encoded.scales
-                    facts = [linear.error_before, linear.error_after, zeros, linear.dead_channels]
-                    arrays[slot + ".facts"] = np.array(facts)
-                if kept is not None:
-                    kept.save(layer, arrays)
-            else:
-                resumed += 1
-                for slot in self._slots_of(layer):
-                    self.quantized.replace_linear(slot, self._kept_encoding(slot, arrays).packed())
-                    step(slot)
-            for slot in self._slots_of(layer):
-                before, after, zeros, dead = arrays[slot + ".facts"]
-                rows, cols = arrays[slot + ".codes"].shape
-                name = self._architecture.tensor_names[slot]
-                self.layers.append(
-                    CalibratedLayer(name, rows, cols, float(before), float(after), float(zeros), int(dead))
-                )
-            walk.advance()
-        return resumed
 
     def write(self, out: Path, kept: KeptLayers) -> int:
         """Writes the folder, all or nothing; returns the size of the weights file."""
@@ -120,9 +83,6 @@ class MappedCalibration(CalibrationRun):
     def _mode(self, slot: str) -> Mode:
         return self._bit_map.mode(slot, self._architecture.module_of(slot))
 
-    def _slots_of(self, layer: int) -> list[str]:
-        return [slot for slot in self._architecture.linear_modules() if slot.startswith(f"layers.{layer}.")]
-
     def _kept_encoding(self, slot: str, arrays: dict[str, NDArray[Any]]) -> Encoded:
         scales = arrays[slot + ".scales"]
         group = self._options.group_size if scales.ndim == 2 else 0
@@ -133,7 +93,7 @@ class MappedCalibration(CalibrationRun):
         where = f"[calibrate] '{info.file}': tensor '{info.name}'"
         return encode(weights, self._mode(slot), self._mapped.options, dtype=info.dtype, where=where)
 
-    def _quantize_slot(self, slot: str, weights: Float32, moments: Float64, lacking: Float64 | None) -> EncodedLinear:
+    def _quantize(self, slot: str, weights: Float32, moments: Float64, lacking: Float64 | None) -> EncodedLinear:
         target, _ = fit_target(weights, moments, lacking, self._options.damping)
         rounded = self._round(slot, weights)
         match self._mode(slot):
@@ -153,6 +113,12 @@ class MappedCalibration(CalibrationRun):
 
         return EncodedLinear(made, error(rounded), error(made), int(np.count_nonzero(np.diag(moments) == 0)))
 
-    def _put(self, slot: str, linear: EncodedLinear) -> Float32:
+    def _replace(self, slot: str, linear: EncodedLinear) -> Float32:
         self.quantized.replace_linear(slot, linear.encoded.packed())
         return linear.encoded.values()
+
+    def _store(self, linear: EncodedLinear) -> tuple[NDArray[Any], Float32]:
+        return linear.encoded.codes, linear.encoded.scales
+
+    def _restore(self, slot: str, arrays: dict[str, NDArray[Any]]) -> None:
+        self.quantized.replace_linear(slot, self._kept_encoding(slot, arrays).packed())

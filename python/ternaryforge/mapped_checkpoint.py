@@ -20,7 +20,7 @@ from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.bit_map import MODES, BitMap, Mode
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture
 from ternaryforge.families.base import Part
 from ternaryforge.mode_encoding import (
@@ -162,10 +162,7 @@ class MappedCheckpoint:
                     progress(done, sum(sizes.values()), name)
             fields = {**self.checkpoint.config, "quantization_config": self._fields(bit_map, activation_bits)}
             writer.write_json("config.json", fields)
-            for pattern in COMPANION_FILES:
-                for file in sorted(self.checkpoint.path.glob(pattern)):
-                    if file.is_file():
-                        writer.copy_file(file, str(file.relative_to(self.checkpoint.path)))
+            writer.copy_companions(self.checkpoint.path)
         return size, stored
 
     def _write_matrix(self, writer: CheckpointWriter, name: str, mode: Mode, known: Encoded | None) -> StoredMatrix:

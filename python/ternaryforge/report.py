@@ -6,7 +6,10 @@ import html
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Report:
@@ -31,6 +34,15 @@ class Report:
             for name, value in self.to_dict().items()
         )
         return f"<table>{rows}</table>"
+
+
+def new_figure(width: float, height: float, layout: Literal["tight", "constrained"] = "constrained") -> "Figure":
+    """An empty matplotlib Figure, in inches. Raises ImportError that says what to install."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("[plot] matplotlib is missing; pip install 'ternaryforge[plot]'") from error
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def _shown(value: object) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ternaryforge import _core
 from ternaryforge._core import FormatError
+from ternaryforge.evaluation import log_softmax
 from ternaryforge.model import TernaryModel
 from ternaryforge.report import Report
 
@@ -214,11 +215,12 @@ def log_probability(
     count = min(count, len(ids) - 1)
     if count < 1:
         raise ValueError("[evaluate] a question of one token cannot be scored: the tokenizer starts texts with none")
-    scores = _core.runtime.score(model.transformer, np.asarray(ids, np.int32))
     if not greedy:
+        scores = _core.runtime.score(model.transformer, np.asarray(ids, np.int32))
         return float(scores[-count:].sum(dtype=np.float64)), False
-    likeliest = model.logits(ids)[-count - 1 : -1].argmax(-1)
-    return float(scores[-count:].sum(dtype=np.float64)), bool((likeliest == np.array(ids[-count:])).all())
+    logits, targets = model.logits(ids)[-count - 1 : -1], np.array(ids[-count:])
+    score = float(log_softmax(logits)[np.arange(count), targets].sum())
+    return score, bool((logits.argmax(-1) == targets).all())
 
 
 def _summarize(name: str, file: str, rows: Sequence[Mapping[str, float]]) -> TaskResult:

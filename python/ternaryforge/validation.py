@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ternaryforge import _core
-from ternaryforge.evaluation import evaluate, split_documents
+from ternaryforge.evaluation import evaluate, log_softmax, split_documents
 from ternaryforge.gguf.engines import Engine, open_engine
 from ternaryforge.gguf.export_source import open_source
 from ternaryforge.gguf.producer import judge_engines
@@ -238,7 +238,7 @@ def _compare(
     """Agreement and KL(p || q) of the next tokens, and what both think of `ids`; row by row, as rows are long."""
     equal, divergences, nll = 0, [], np.zeros(2)
     for index, row in enumerate(zip(p, q, strict=True)):
-        a, b = map(_log_softmax, row)
+        a, b = map(log_softmax, row)
         equal += int(a.argmax() == b.argmax())
         divergences.append(float((np.exp(a) * (a - b)).sum()))
         if index + 1 < len(ids):
@@ -254,12 +254,6 @@ def _compare(
         "text_tokens": len(ids) - 1,
         "bits_per_byte": None,
     }
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    values = logits.astype(np.float64) - logits.max()
-    shifted: NDArray[np.float64] = values - np.log(np.exp(values).sum())
-    return shifted
 
 
 def _describe_weights(path: Path, threads: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ternaryforge.report import Report
+from ternaryforge.report import Report, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,11 +170,7 @@ class ValidationReport(Report):
 
     def plot(self) -> "Figure":
         """Zeros and balance by layer, and how the divergence is spread over the positions."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("[plot] matplotlib is missing; pip install 'ternaryforge[plot]'") from error
-        figure = Figure(figsize=(10, 4), layout="tight")
+        figure = new_figure(10, 4, "tight")
         by_layer, by_position = figure.subplots(1, 2)
         numbers = range(1, len(self.layers) + 1)
         by_layer.plot(numbers, [layer.sparsity for layer in self.layers], "o", label="zeros")

@@ -37,6 +37,14 @@ def data(tmp_path: Path) -> Path:
     return write_text(tmp_path / "data.txt")
 
 
+def test_companions_keep_their_places(tmp_path: Path, source: Path, data: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/rag.jinja").write_text("{{ documents }}")
+    tf.calibrate(source, tmp_path / "out", data, method="grid", group_size=64, tokens=500)
+    assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ documents }}"
+    assert not (tmp_path / "out/rag.jinja").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_folder_runs_as_the_report_says(tmp_path: Path, source: Path, data: Path, method: Any) -> None:
     seen: list[tuple[int, int, str]] = []

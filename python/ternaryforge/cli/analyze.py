@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from ternaryforge.cli.convert import Scale
-from ternaryforge.cli.output import JsonOption, SeedOption, ThreadsOption, print_columns, print_json, progress_bar
+from ternaryforge.cli.output import (
+    GroupSizeOption,
+    JsonOption,
+    Scale,
+    ScaleOption,
+    SeedOption,
+    ThreadsOption,
+    print_columns,
+    print_json,
+    progress_bar,
+)
 
 
 class By(StrEnum):
@@ -24,8 +33,8 @@ def command(
     data: Annotated[Path, typer.Option(help="UTF-8 text; documents end with <|endoftext|>.")],
     by: Annotated[By, typer.Option(help="Layers whole, or every linear layer by itself.")] = By.LAYER,
     modes: Annotated[str, typer.Option(help="Modes to try, with commas.")] = "int8,ternary,binary",
-    scale: Annotated[Scale, typer.Option(help="What shares a scale.")] = Scale.GROUP,
-    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    scale: ScaleOption = Scale.GROUP,
+    group_size: GroupSizeOption = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Documents are taken until so many tokens are scored.")] = 8192,
     plot: Annotated[Path | None, typer.Option(help="Also draw the figure into this file (.svg, .png).")] = None,
     threads: ThreadsOption = None,

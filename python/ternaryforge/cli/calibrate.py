@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ternaryforge.cli.convert import Scale
 from ternaryforge.cli.output import (
+    BitMapOption,
+    GroupSizeOption,
     JsonOption,
+    Scale,
+    ScaleOption,
     SeedOption,
     ThreadsOption,
     print_json,
@@ -33,14 +36,12 @@ def command(
     *,
     data: Annotated[Path, typer.Option(help="UTF-8 text to calibrate on; documents end with <|endoftext|>.")],
     method: Annotated[Method, typer.Option(help="From quick to good: grid, fit, gptq, best.")] = Method.BEST,
-    scale: Annotated[Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")] = Scale.GROUP,
-    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    scale: ScaleOption = Scale.GROUP,
+    group_size: GroupSizeOption = 128,
     planes: Annotated[
         int, typer.Option(min=1, max=2, help="1: trits. 2: two tied planes of them, 4 bits a weight, far closer.")
     ] = 1,
-    bit_map: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Modes per layer as JSON, such as 'search' writes.")
-    ] = None,
+    bit_map: BitMapOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw from the text.")] = 32_768,
     evaluation: Annotated[
         Path | None, typer.Option(help="Text to measure on; default: documents of the text that are not drawn.")

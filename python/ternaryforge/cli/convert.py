@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 from ternaryforge.cli.output import (
+    BitMapOption,
+    GroupSizeOption,
     JsonOption,
+    Scale,
+    ScaleOption,
     SeedOption,
     ThreadsOption,
     print_json,
@@ -26,26 +30,14 @@ class Scheme(StrEnum):
     TWN = "twn"
 
 
-class Scale(StrEnum):
-    """Values of `--scale`."""
-
-    TENSOR = "tensor"
-    ROW = "row"
-    GROUP = "group"
-
-
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     *,
     scheme: Annotated[Scheme, typer.Option(help="How codes and scales are chosen.")] = Scheme.LS,
-    scale: Annotated[
-        Scale, typer.Option(help="What shares a scale; plain transformers reads 'tensor'.")
-    ] = Scale.TENSOR,
-    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
-    bit_map: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Modes per layer as JSON, such as 'search' writes.")
-    ] = None,
+    scale: ScaleOption = Scale.TENSOR,
+    group_size: GroupSizeOption = 128,
+    bit_map: BitMapOption = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Mind the activations of --data, as 'calibrate' does by default.")
     ] = False,

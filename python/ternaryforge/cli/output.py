@@ -6,11 +6,23 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import ternaryforge
+
+MISSED = 3
+"""The exit code where a threshold or a known answer is missed."""
+
+
+class Scale(StrEnum):
+    """Values of `--scale`."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    GROUP = "group"
 
 
 class Activations(StrEnum):
@@ -42,6 +54,13 @@ class HeadMode(StrEnum):
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: the physical cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+ScaleOption = Annotated[Scale, typer.Option("--scale", help="What shares a scale; plain transformers reads 'tensor'.")]
+GroupSizeOption = Annotated[
+    int, typer.Option("--group-size", help="Columns in a group, a multiple of 64, with --scale group.")
+]
+BitMapOption = Annotated[
+    Path | None, typer.Option("--bit-map", metavar="FILE", help="Modes per layer as JSON, such as 'search' writes.")
+]
 ActivationsOption = Annotated[
     Activations | None,
     typer.Option("--activations", help="Default: what the checkpoint was made for."),

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from ternaryforge.cli.convert import Scale
 from ternaryforge.cli.output import (
     ActivationsOption,
+    GroupSizeOption,
     HeadMode,
     HeadOption,
     JsonOption,
     KvOption,
     KvType,
+    Scale,
+    ScaleOption,
     SeedOption,
     ThreadsOption,
     print_json,
@@ -40,8 +42,8 @@ def command(
     method: Annotated[
         Method | None, typer.Option(help="How dense weights become ternary; default: 'ls' for them.")
     ] = None,
-    scale: Annotated[Scale, typer.Option(help="As in 'convert'.")] = Scale.TENSOR,
-    group_size: Annotated[int, typer.Option(help="As in 'convert'.")] = 128,
+    scale: ScaleOption = Scale.TENSOR,
+    group_size: GroupSizeOption = 128,
     prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt; default: 128.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     activations: ActivationsOption = None,

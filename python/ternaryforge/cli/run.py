@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ternaryforge.cli.convert import Scale, Scheme
+from ternaryforge.cli.convert import Scheme
 from ternaryforge.cli.export import Profile
 from ternaryforge.cli.output import (
+    MISSED,
+    GroupSizeOption,
     JsonOption,
+    Scale,
+    ScaleOption,
     SeedOption,
     ThreadsOption,
     print_columns,
@@ -17,7 +21,7 @@ from ternaryforge.cli.output import (
     print_table,
     progress_bar,
 )
-from ternaryforge.cli.validate import MISSED, read_thresholds
+from ternaryforge.cli.validate import read_thresholds
 
 
 def command(
@@ -30,8 +34,8 @@ def command(
     data: Annotated[Path | None, typer.Option(help="Text for --calibrate.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Text to validate on, apart from --data.")] = None,
     scheme: Annotated[Scheme, typer.Option(help="How codes and scales are chosen without --calibrate.")] = Scheme.LS,
-    scale: Annotated[Scale, typer.Option(help="What shares a scale; 'tensor' is stock.")] = Scale.TENSOR,
-    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    scale: ScaleOption = Scale.TENSOR,
+    group_size: GroupSizeOption = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration.")] = 32_768,
     tune_tokens: Annotated[int, typer.Option(min=0, help="Tokens of tuning, with --calibrate.")] = 0,
     profile: Annotated[Profile, typer.Option(help="For which engine to export.")] = Profile.UPSTREAM,

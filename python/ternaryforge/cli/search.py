@@ -7,8 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from ternaryforge.cli.analyze import By
-from ternaryforge.cli.convert import Scale
-from ternaryforge.cli.output import JsonOption, SeedOption, ThreadsOption, print_json, print_table, progress_bar
+from ternaryforge.cli.output import (
+    MISSED,
+    GroupSizeOption,
+    JsonOption,
+    Scale,
+    ScaleOption,
+    SeedOption,
+    ThreadsOption,
+    print_json,
+    print_table,
+    progress_bar,
+)
 
 
 def command(
@@ -20,13 +30,15 @@ def command(
     max_size_mb: Annotated[float | None, typer.Option(help="Of the weights file, in millions of bytes.")] = None,
     score: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure this map instead of searching.")] = None,
     by: Annotated[By, typer.Option(help="One mode for a layer, or for every linear layer by itself.")] = By.LAYER,
-    modes: Annotated[str, typer.Option(help="Modes to choose from, with commas.")] = "f16,int8,ternary,binary",
+    modes: Annotated[
+        str, typer.Option(help="Modes to choose from, with commas.")
+    ] = "f16,int8,two_plane,ternary,binary",
     embedding: Annotated[str, typer.Option(help="Mode of the embedding, which is pinned.")] = "f16",
     lm_head: Annotated[
         str | None, typer.Option(help="Mode of the head; default: as a tied embedding, else f16.")
     ] = None,
-    scale: Annotated[Scale, typer.Option(help="What shares a scale under ternary and binary.")] = Scale.GROUP,
-    group_size: Annotated[int, typer.Option(help="Columns in a group, a multiple of 64, with --scale group.")] = 128,
+    scale: ScaleOption = Scale.GROUP,
+    group_size: GroupSizeOption = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Documents are taken until so many tokens are scored.")] = 16_384,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -52,7 +64,7 @@ def command(
         else:
             print_table({"perplexity": f"{found.perplexity:.4f}", "file": f"{found.size_bytes:,} bytes"})
         if not found.kept:
-            raise typer.Exit(3)
+            raise typer.Exit(MISSED)
         return
     if output is None:
         raise typer.BadParameter("--output FILE is needed, or --score FILE")

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ternaryforge.cli.output import JsonOption, SeedOption, ThreadsOption, print_json, print_table
-
-MISSED = 3
-"""The exit code where a threshold is missed."""
+from ternaryforge.cli.output import MISSED, JsonOption, SeedOption, ThreadsOption, print_json, print_table
 
 
 def command(

@@ -6,15 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ternaryforge.cli.output import (
-    JsonOption,
-    SeedOption,
-    ThreadsOption,
-    print_json,
-    progress_bar,
-)
-
-_MISSED = 3
+from ternaryforge.cli.output import MISSED, JsonOption, SeedOption, ThreadsOption, print_json, progress_bar
 
 
 def command(
@@ -42,4 +34,4 @@ def command(
         verdict = "passed" if report.passed else "failed" if report.failed else "nothing could be checked"
         print(f"result: {verdict}" + ("" if report.complete else "; some checks were not run"))
     if not report.passed:
-        raise typer.Exit(_MISSED)
+        raise typer.Exit(MISSED)

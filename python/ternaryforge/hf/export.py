@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ternaryforge import _core
 from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
-from ternaryforge.checkpoint_writer import COMPANION_FILES, CheckpointWriter, TensorPlan
+from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
 from ternaryforge.report import Report
 from ternaryforge.torch.encoding import EncodedMatrix, encode_matrix, has_output_bias, learned_names
@@ -103,7 +103,7 @@ def export_bitnet(
             bits += 8 * (packed.nbytes + stored.nbytes)
         changed = {"attention_bias": True, "mlp_bias": True} if biased else {}
         writer.write_json("config.json", master.config_json(master.packed_fields(linear_class), changed))
-        master.copy_companions(writer)
+        writer.copy_companions(master.checkpoint.path)
     trained = master.config
     return ExportReport(
         source=str(source),
@@ -153,7 +153,7 @@ def export_dense(
                 writer.write(_bias_name(name), encoded.bias + master.stored_bias(name))
         changed: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if biased else {}
         writer.write_json("config.json", master.config_json(None, {**changed, "dtype": dtype}))
-        master.copy_companions(writer)
+        writer.copy_companions(master.checkpoint.path)
 
 
 class _Master:
@@ -333,13 +333,6 @@ class _Master:
         rest = {name: value for name, value in self.checkpoint.config.items() if name != "quantization_config"}
         rest |= changed
         return rest if quantization is None else {**rest, "quantization_config": quantization}
-
-    def copy_companions(self, writer: CheckpointWriter) -> None:
-        """Copies tokenizer, generation settings and licence."""
-        for pattern in COMPANION_FILES:
-            for file in sorted(self.checkpoint.path.glob(pattern)):
-                if file.is_file():
-                    writer.copy_file(file)
 
 
 def _smallest(config: QATConfig) -> tuple[QATConfig, dict[str, NDArray[np.float32]]]:
