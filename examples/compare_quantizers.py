@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_quantizers import attach_extras, register_peers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +53,8 @@ class Method:
 
 GROUPS: dict[str, Any] = {"scale": "group", "group_size": 64, "activation_bits": None}
 INT8: dict[str, Any] = {"scale": "tensor", "activation_bits": 8}
+ROWS: dict[str, Any] = {"scale": "row", "activation_bits": None}
+GROUPS_128: dict[str, Any] = {**GROUPS, "group_size": 128}
 METHODS = {
     "absmean": Method({**GROUPS, "quantizer": "absmean"}),
     "lsq": Method({**GROUPS, "quantizer": "lsq"}),
@@ -72,6 +75,25 @@ METHODS = {
     "absmean + warm-up + OFF": Method({**GROUPS, "quantizer": "absmean"}, warmup=0.5, loss={"kl": 1.0, "off": 1.0}),
     "tequila + warm-up + OFF": Method({**GROUPS, "quantizer": "tequila"}, warmup=0.5, loss={"kl": 1.0, "off": 1.0}),
     "absmean, CE": Method({**GROUPS, "quantizer": "absmean"}, loss={"kl": 0.0, "ce": 1.0}),
+    # Peers, each with its own scales and with groups of 64. What is the same as ours stands above and is not run
+    # again: onebitllms ("absmean tensor int8"), AngelSlim's Tequila and absmean with groups of 64.
+    "peer: AngelSlim Tequila": Method({**GROUPS_128, "quantizer": "tequila"}),
+    "peer: AngelSlim Tequila v1": Method({**GROUPS_128, "quantizer": "peer_angel_tequila_1"}),
+    "peer: AngelSlim Tequila v1, groups of 64": Method({**GROUPS, "quantizer": "peer_angel_tequila_1"}),
+    "peer: AngelSlim Tequila v3": Method({**GROUPS_128, "quantizer": "peer_angel_tequila_3"}),
+    "peer: AngelSlim Tequila v3, groups of 64": Method({**GROUPS, "quantizer": "peer_angel_tequila_3"}),
+    "peer: AngelSlim TWN": Method({**GROUPS_128, "quantizer": "twn", "options": {"threshold": 0.75}}),
+    "peer: AngelSlim TWN, groups of 64": Method({**GROUPS, "quantizer": "twn", "options": {"threshold": 0.75}}),
+    "peer: AngelSlim Sherry": Method({**GROUPS_128, "quantizer": "sherry", "residual": True}, residual=1.0),
+    "peer: AngelSlim Sherry, groups of 64": Method({**GROUPS, "quantizer": "sherry", "residual": True}, residual=1.0),
+    "peer: AngelSlim LSQ": Method({**GROUPS_128, "quantizer": "peer_angel_lsq"}),
+    "peer: AngelSlim LSQ, groups of 64": Method({**GROUPS, "quantizer": "peer_angel_lsq"}),
+    "peer: AngelSlim DLT": Method({**ROWS, "quantizer": "peer_angel_dlt"}),
+    "peer: AngelSlim DLT, groups of 64": Method({**GROUPS, "quantizer": "peer_angel_dlt"}),
+    "peer: ParetoQ SEQ": Method({**ROWS, "quantizer": "peer_pareto_seq"}),
+    "peer: ParetoQ SEQ, groups of 64": Method({**GROUPS, "quantizer": "peer_pareto_seq"}),
+    "peer: ParetoQ LSQ": Method({**ROWS, "quantizer": "peer_pareto_lsq"}),
+    "peer: ParetoQ LSQ, groups of 64": Method({**GROUPS, "quantizer": "peer_pareto_lsq"}),
 }
 
 
@@ -116,6 +138,7 @@ def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: 
     """The trained model and seconds of processor time, which other work on the machine does not lengthen."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     model = prepare_qat(student, QATConfig(**method.config)).train()
+    attach_extras(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     loss = DistillationLoss(**method.loss)
     rise = min(20, steps)
@@ -137,10 +160,10 @@ def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: 
         with torch.no_grad():
             guide = teacher(ids, output_hidden_states=hidden)
         terms = loss(model(ids, output_hidden_states=hidden), guide, labels=ids)
-        optimizer.zero_grad()
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()  # here, because a peer sets gradients in its forward pass
         if method.anneal:
             clip_latents(model)
     seconds = time.process_time() - started
@@ -183,6 +206,7 @@ def main() -> None:
     if args.table:
         print(table(done))
         return
+    register_peers()
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.from_folder(args.model)
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
