@@ -27,27 +27,38 @@ from transformers import AutoModelForCausalLM
 from ternaryforge.evaluation import split_documents
 from ternaryforge.tokenizer import Tokenizer
 from ternaryforge.torch import (
+    BlocksInMemory,
+    BlockwiseOptions,
     DistillationLoss,
     QATConfig,
+    TuningOptions,
     anneal_sharpness,
+    capture_inputs,
     clip_latents,
     prepare_qat,
     residual_strength,
     set_residual,
     set_sharpness,
     set_strength,
+    train_blocks,
+    tune_scales,
     warmup_strength,
 )
 
 
 @dataclass(frozen=True)
 class Method:
-    """A quantizer and what goes with it; shares are of all steps."""
+    """A quantizer and what goes with it; shares are of all steps.
+
+    `blockwise` is the share of the tokens with which blocks are trained one by one (EfficientQAT); the scales alone
+    then get the rest, end to end.
+    """
 
     config: dict[str, Any]
     warmup: float = 0.0
     anneal: float = 0.0
     residual: float = 0.0
+    blockwise: float = 0.0
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
 
 
@@ -74,6 +85,7 @@ METHODS = {
     "tequila + warm-up": Method({**GROUPS, "quantizer": "tequila"}, warmup=0.5),
     "absmean + warm-up + OFF": Method({**GROUPS, "quantizer": "absmean"}, warmup=0.5, loss={"kl": 1.0, "off": 1.0}),
     "tequila + warm-up + OFF": Method({**GROUPS, "quantizer": "tequila"}, warmup=0.5, loss={"kl": 1.0, "off": 1.0}),
+    "EfficientQAT": Method({**GROUPS, "quantizer": "lsq"}, blockwise=0.5),
     "absmean, CE": Method({**GROUPS, "quantizer": "absmean"}, loss={"kl": 0.0, "ce": 1.0}),
     # Peers, each with its own scales and with groups of 64. What is the same as ours stands above and is not run
     # again: onebitllms ("absmean tensor int8"), AngelSlim's Tequila and absmean with groups of 64.
@@ -172,6 +184,21 @@ def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: 
     return model.eval(), seconds
 
 
+def train_by_blocks(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: float) -> tuple[Any, float]:
+    """EfficientQAT: blocks, then scales. Every block sees the first tokens once: the cost of one pass of the model."""
+    model = prepare_qat(copy.deepcopy(teacher), QATConfig(**method.config))
+    first = round(method.blockwise * steps)
+    started = time.process_time()
+    ids = torch.cat([next(data) for _ in range(first)])
+    rest = [row for _ in range(steps - first) for row in next(data).int().numpy()]
+    batch = len(ids) // first
+    hidden, arguments = capture_inputs(model, model.model.layers[0], ids.numpy())
+    blocks = BlocksInMemory(teacher.model.layers, model.model.layers, arguments)
+    train_blocks(blocks, hidden, BlockwiseOptions(epochs=1, batch=batch, weight_rate=lr, scale_rate=lr, clip=1.0))
+    tune_scales(model, teacher, rest, TuningOptions(len(rest) * len(rest[0]), scale_rate=5 * lr, batch=batch))
+    return model.eval(), time.process_time() - started
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Mean and spread per method, best first."""
     rows = ["| method | seeds | perplexity | tokens/s of one core |", "|---|---|---|---|"]
@@ -223,7 +250,10 @@ def main() -> None:
             if any(all(run.get(k) == v for k, v in key.items()) for run in done):
                 continue
             data = batches(stream, args.batch, args.length, seed)
-            model, seconds = train(teacher, METHODS[name], data, args.steps, args.lr)
+            method = METHODS[name]
+            model, seconds = (train_by_blocks if method.blockwise else train)(
+                teacher, method, data, args.steps, args.lr
+            )
             tokens = args.steps * args.batch * args.length
             result = {**key, "tokens": tokens, "seconds": round(seconds, 1)}
             result["perplexity"] = round(perplexity(model, windows), 4)

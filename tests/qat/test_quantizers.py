@@ -6,7 +6,7 @@ import pytest
 from numpy_quantizers import WITNESSES, tanh_soft
 from torch_setup import torch
 
-from ternaryforge.torch import QUANTIZERS
+from ternaryforge.torch import QUANTIZERS, Codes
 from ternaryforge.torch.quantizers import make_quantizer
 from ternaryforge.torch.scale_blocks import ScaleBlocks
 
@@ -126,3 +126,16 @@ def test_unknown_names_and_options_are_refused() -> None:
         make_quantizer("abs", ScaleBlocks(4, 4))
     with pytest.raises(ValueError, match="does not take the options"):
         make_quantizer("absmean", ScaleBlocks(4, 4), threshold=0.5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["absmean", "lsq", "seq", "four_levels"])
+def test_latents_can_hold_any_scale(name: str, scale: str) -> None:
+    blocks, quantizer, latent = prepared(name, scale, latents())
+    codes = quantizer.encode(blocks.split(latent.detach()))
+    wanted = Codes(codes.codes, codes.scale * torch.linspace(0.5, 1.7, blocks.count)[:, None])
+    held = quantizer.encode(quantizer.hold(wanted))
+    assert torch.equal(held.codes, wanted.codes)
+    torch.testing.assert_close(held.scale, wanted.scale)
+    with pytest.raises(ValueError, match="scales follow from the latents"):
+        make_quantizer("twn", blocks).hold(wanted)

@@ -7,6 +7,7 @@ Needs the extra `hf`. Importing it makes `quant_method: ternaryforge` known to t
 """
 
 from ternaryforge.hf.acceleration import accelerate_bitnet, optimize
+from ternaryforge.hf.blockwise import BlockwiseReport, train_blockwise
 from ternaryforge.hf.callbacks import (
     AnnealingCallback,
     LambdaWarmupCallback,
@@ -21,6 +22,7 @@ from ternaryforge.hf.trainer import DistillationTrainer
 
 __all__ = [
     "AnnealingCallback",
+    "BlockwiseReport",
     "DistillationTrainer",
     "ExportReport",
     "LambdaWarmupCallback",
@@ -32,6 +34,7 @@ __all__ = [
     "export_bitnet",
     "export_dense",
     "optimize",
+    "train_blockwise",
 ]
 
 register()

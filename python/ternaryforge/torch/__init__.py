@@ -6,6 +6,14 @@
 Needs the extra `torch`. What needs transformers as well is in `ternaryforge.hf`.
 """
 
+from ternaryforge.torch.blockwise import (
+    BlockError,
+    BlocksInMemory,
+    BlockwiseOptions,
+    capture_inputs,
+    train_block,
+    train_blocks,
+)
 from ternaryforge.torch.distillation import DistillationLoss, FeatureTap
 from ternaryforge.torch.head import QuantizedHead
 from ternaryforge.torch.linear import TernaryLinear
@@ -22,9 +30,13 @@ from ternaryforge.torch.schedules import (
     set_strength,
     warmup_strength,
 )
+from ternaryforge.torch.tuning import TuningOptions, tune_scales
 
 __all__ = [
     "QUANTIZERS",
+    "BlockError",
+    "BlocksInMemory",
+    "BlockwiseOptions",
     "CodeMonitor",
     "Codes",
     "DistillationLoss",
@@ -34,7 +46,9 @@ __all__ = [
     "QuantizedHead",
     "Quantizer",
     "TernaryLinear",
+    "TuningOptions",
     "anneal_sharpness",
+    "capture_inputs",
     "clip_latents",
     "optimize_layers",
     "prepare_qat",
@@ -43,5 +57,8 @@ __all__ = [
     "set_residual",
     "set_sharpness",
     "set_strength",
+    "train_block",
+    "train_blocks",
+    "tune_scales",
     "warmup_strength",
 ]

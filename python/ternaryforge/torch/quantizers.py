@@ -125,6 +125,13 @@ class Quantizer(nn.Module):
         """What the quantizer adds to the outputs of the layer, [rows], where `has_output_bias`."""
         raise NotImplementedError
 
+    def hold(self, codes: Codes) -> Tensor:  # noqa: ARG002 # for those that can
+        """Latents [blocks, size] that mean these codes and scales; sets what is learned to fit.
+
+        Raises ValueError where a scale follows from the latents in a way that leaves no room for another.
+        """
+        raise ValueError("scales follow from the latents: absmean, lsq, seq and four_levels hold others")
+
     def _mean_magnitude(self, weight: Tensor) -> Tensor:
         return self.blocks.mean(weight.abs()).clamp(min=SMALLEST_SCALE)
 
@@ -150,6 +157,11 @@ class Absmean(Quantizer):
         factor = 1 / self._mean_magnitude(weight)
         codes = (weight * factor).round().clamp(-1, 1)
         return Codes(codes.to(torch.int8), 1 / factor)
+
+    def hold(self, codes: Codes) -> Tensor:
+        """Larger than the values by one over the share of non-zeros, whose mean is the scale."""
+        taken = (codes.codes != 0).to(codes.scale.dtype)
+        return codes.values() / self.blocks.mean(taken).clamp(min=SMALLEST_SCALE)
 
 
 class TernaryWeightNetwork(Quantizer):
@@ -261,6 +273,11 @@ class LearnedStep(LearnedScale):
         scale = self._scale(weight)
         return RoundThrough.apply((weight / scale).clamp(-1, 1)) * scale
 
+    def hold(self, codes: Codes) -> Tensor:
+        """The values themselves."""
+        set_values(self.scale, codes.scale)
+        return codes.values()
+
 
 class StretchedElastic(LearnedScale):
     """SEQ (ParetoQ, arXiv:2502.02631) on three levels: w' = a round(1.5 clip(w / a, -c, c)) / 1.5, c = 0.99.
@@ -288,6 +305,11 @@ class StretchedElastic(LearnedScale):
         scale = self._scale(weight)
         steps = RoundThrough.apply((weight / scale).clamp(-self.clip, self.clip) * self.parts - self.offset)
         return (steps + self.offset) * (scale / self.parts)
+
+    def hold(self, codes: Codes) -> Tensor:
+        """The values themselves; a is as many scales as the range has."""
+        set_values(self.scale, codes.scale * (2 * self.parts if self.offset else self.parts))
+        return codes.values()
 
 
 class FourLevels(StretchedElastic):

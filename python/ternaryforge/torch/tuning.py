@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from ternaryforge.quantization import ScaleKind
 from ternaryforge.torch.distillation import IGNORED, DistillationLoss
-from ternaryforge.torch.qat import quantize_activations
+from ternaryforge.torch.qat import QATLinear, qat_layers, quantize_activations
+from ternaryforge.torch.quantizers import Codes
 from ternaryforge.torch.scale_blocks import ScaleBlocks
 
 _BATCHES_AT_ONCE = 16  # among so many batches, sequences of like length come together
@@ -176,6 +177,66 @@ def tune(
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         raise ValueError("[tune] training has led to NaN or infinity: lower the learning rates")
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def tune_scales(
+    model: nn.Module,
+    teacher: nn.Module,
+    sequences: Sequence[NDArray[np.int32]],
+    options: TuningOptions,
+    *,
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Trains nothing but the scales of a model that `prepare_qat` prepared, end to end; its codes stay.
+
+    The second stage of EfficientQAT. The rest as of `tune`; afterwards the latents are such that the quantizer gives
+    these codes and scales. Raises ValueError for a model without such layers, one in
+    the middle of a schedule, and a quantizer that cannot hold scales apart from its latents.
+    """
+    layers = dict(qat_layers(model))
+    if not layers:
+        raise ValueError("[tune] the model has no ternary layers: prepare_qat it first")
+    linears = {name: _tuned(name, layer) for name, layer in layers.items()}
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
+    install(model, linears, ())
+    try:
+        divergence = tune(model, teacher, sequences, options, state=state, keep=keep, progress=progress)
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        for name, value in model.named_parameters():
+            value.requires_grad = trained[name]
+    for name, layer in layers.items():
+        _write(layer, linears[name])
+    return divergence
+
+
+def _tuned(name: str, layer: QATLinear) -> TunedLinear:
+    """The codes and scales of a prepared layer, once it is sure that the layer can hold others."""
+    quantizer = layer.quantizer
+    if layer.strength is not None or layer.residual is not None or layer.sub_norm is not None:
+        raise ValueError(f"[tune] '{name}' has a strength, a residual or a norm of its own: end the schedule first")
+    if quantizer.has_output_bias:
+        raise ValueError(
+            f"[tune] '{name}': the quantizer {layer.qat.quantizer!r} makes a bias of its latents: use another"
+        )
+    blocks = quantizer.blocks
+    encoded = quantizer.encode(blocks.split(layer.weight.detach().float()))
+    try:
+        copy.deepcopy(quantizer).hold(encoded)
+    except ValueError as error:
+        raise ValueError(f"[tune] '{name}': the quantizer {layer.qat.quantizer!r}: {error}") from None
+    return TunedLinear(blocks.join(encoded.codes), encoded.scale, blocks, activation_bits=layer.qat.activation_bits)
+
+
+@torch.no_grad()
+def _write(layer: QATLinear, tuned: TunedLinear) -> None:
+    """Makes latents of codes and trained scales; a scale that fell below zero turns its codes round."""
+    scales = tuned.scales().detach().reshape(-1, 1)
+    codes = Codes(torch.where(scales < 0, -tuned.codes, tuned.codes), scales.abs())
+    layer.weight.copy_(layer.quantizer.blocks.join(layer.quantizer.hold(codes)))
 
 
 @dataclass(frozen=True, slots=True)
