@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "formats/packed_tensor.h"
@@ -38,26 +39,38 @@ class Epilogue {
                           : ChunkCount(weight.cols())),
         bias_(weight.layout() == Layout::kT8 ? static_cast<uint32_t>(kT8Bias) : 1) {}
 
+  using Sums = hn::Vec<hn::Rebind<int32_t, PartTag>>;  // of kPartLanes rows
+
+  // total + scales * (sum of the rows' codes - act_sum).
+  static HWY_INLINE Part AddExact(Part total, Sums sums, uint32_t act_sum, Part scales) {
+    const hn::Rebind<uint32_t, PartTag> du32;
+    const hn::Rebind<int32_t, PartTag> d32;
+    // The codes are trit + 1 or level + 4, so every sum is too large by ActSum. Unsigned, because
+    // parts may leave 32 bits where the result does not: |code| <= 32639, and CheckExact.
+    const auto exact = hn::Sub(hn::BitCast(du32, sums), hn::Set(du32, act_sum));
+    return hn::Add(total, hn::Mul(hn::ConvertTo(PartTag(), hn::BitCast(d32, exact)), scales));
+  }
+
+  // The sums of an int16 token from those of its two lanes, modulo 2^32.
+  static HWY_INLINE Sums Join(Sums high, Sums low) {
+    const hn::Rebind<uint32_t, PartTag> du32;
+    const auto shifted = hn::ShiftLeft<8>(hn::BitCast(du32, high));
+    return hn::BitCast(hn::Rebind<int32_t, PartTag>(), hn::Add(shifted, hn::BitCast(du32, low)));
+  }
+
   // totals[row] += scale * (sum of the row's codes - ActSum of the group), for 16 rows of a panel
   // and one token. lane_sums: 16 sums for each lane of the token, `lane_stride` apart.
   HWY_INLINE void AddGroup(size_t panel, size_t group, size_t token, const int32_t* lane_sums,
                            size_t lane_stride, float* totals) const {
-    const hn::Rebind<uint32_t, PartTag> du32;
     const hn::Rebind<int32_t, PartTag> d32;
-    const auto act_sum = hn::Set(du32, ActSum(group, token));
+    const uint32_t act_sum = ActSum(group, token);
     const Lanes scales = LoadScales(panel, group);
     for (size_t p = 0; p < kParts; ++p) {
-      // The codes are trit + 1 or level + 4, so every sum is too large by ActSum. Unsigned, because
-      // parts may leave 32 bits where the result does not: |code| <= 32639, and CheckExact.
       const int32_t* from = lane_sums + p * kPartLanes;
-      auto sums = hn::BitCast(du32, hn::LoadU(d32, from));
-      if (acts_.lanes_per_token == 2) {
-        const auto low = hn::BitCast(du32, hn::LoadU(d32, from + lane_stride));
-        sums = hn::Add(hn::ShiftLeft<8>(sums), low);
-      }
-      const auto exact = hn::ConvertTo(PartTag(), hn::BitCast(d32, hn::Sub(sums, act_sum)));
+      Sums sums = hn::LoadU(d32, from);
+      if (acts_.lanes_per_token == 2) sums = Join(sums, hn::LoadU(d32, from + lane_stride));
       float* to = totals + p * kPartLanes;
-      hn::StoreU(hn::Add(hn::LoadU(PartTag(), to), hn::Mul(exact, scales.part[p])), PartTag(), to);
+      hn::StoreU(AddExact(hn::LoadU(PartTag(), to), sums, act_sum, scales.part[p]), PartTag(), to);
     }
   }
 
@@ -74,6 +87,18 @@ class Epilogue {
     if (scales_->half() != nullptr)
       return Load(reinterpret_cast<const F16*>(scales_->half() + first));
     return Load(scales_->single() + first);
+  }
+
+  // Asks memory for the scales that are `ahead` groups further on than these, in this panel or the
+  // next ones.
+  HWY_INLINE void PrefetchScales(size_t panel, size_t group, size_t ahead) const {
+    if (scales_ == nullptr) return;
+    const size_t first = (panel * groups_ + group + ahead) * kPanelRows;
+    if (scales_->half() != nullptr) {
+      hwy::Prefetch(scales_->half() + first);
+    } else {
+      hwy::Prefetch(scales_->single() + first);
+    }
   }
 
   // Sums of the activations of a group, times what a code is larger than its weight, modulo 2^32.

@@ -16,7 +16,8 @@
 #include <hwy/highway.h>
 
 #include "kernels/epilogue-inl.h"
-#include "kernels/tile_dots-inl.h"
+#include "kernels/t16_dots-inl.h"
+#include "kernels/t20_dots-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tf::HWY_NAMESPACE {
@@ -36,32 +37,52 @@ HWY_INLINE void DotPanel(const TileRuns& runs, bool is_t20, const uint8_t* panel
   }
 }
 
-#if HWY_TARGET == HWY_AVX3
-// Adds the groups that are planes of T20 tiles to the 16 totals of one token of one lane, as
-// Epilogue::AddGroup does, but with sums and totals in registers: a group is too short for a way
-// through memory. (Two lanes leave too few registers: slower.)
-template <bool kPermute>
-HWY_INLINE void AddPlaneGroups(const TileRuns& runs, const Epilogue& epilogue, const int8_t* acts,
-                               size_t group_cols, size_t panel, const uint8_t* stream,
-                               float* HWY_RESTRICT totals) {
-  const hn::RebindToUnsigned<dot::DotSumsTag> du32;
-  Part total = hn::Zero(PartTag());
-  for (size_t group = 0; group < runs.PlaneGroups(); group += kT20Planes) {
-    const TileRun run = runs.Run(group, 0);
-    PassT20InPlace<simd::DotKind::kNative, kPermute, 1>(
-        stream + run.byte, acts + run.col, group_cols, run.tiles,
-        [&](const dot::DotSums(&all)[kT20Planes][1]) HWY_ATTR {
-          for (size_t plane = 0; plane < kT20Planes; ++plane) {
-            const auto act_sum = hn::Set(du32, epilogue.ActSum(group + plane, 0));
-            const auto exact = hn::Sub(hn::BitCast(du32, all[plane][0]), act_sum);
-            const Part value = hn::ConvertTo(PartTag(), hn::BitCast(dot::DotSumsTag(), exact));
-            total =
-                hn::Add(total, hn::Mul(value, epilogue.LoadScales(panel, group + plane).part[0]));
-          }
-        });
+#if HWY_TARGET != HWY_SCALAR
+
+// Whether the planes of T20 tiles leave registers for the totals.
+template <simd::DotKind kDot>
+inline constexpr bool kPlanesInRegisters = HWY_TARGET == HWY_AVX3 && kInPlace<kDot>;
+
+// totals[row] of one token, whose lanes are all that `acts` has, over the groups of a panel: what
+// Epilogue::AddGroup gives, but with sums and totals in registers, since a group is too short for a
+// way through memory. T20 only where kPlanesInRegisters.
+template <simd::DotKind kDot, bool kPermute, size_t kLanes>
+HWY_INLINE void SumGroups(const TileRuns& runs, const Epilogue& epilogue, const int8_t* acts,
+                          size_t group_cols, size_t scales_ahead, size_t panel,
+                          const uint8_t* stream, float* HWY_RESTRICT totals) {
+  Part total[kParts];
+  for (Part& part : total) part = hn::Zero(PartTag());
+  // high, low: the sums of the first and the last lane.
+  const auto add = [&](size_t group, size_t p, Epilogue::Sums high, Epilogue::Sums low) HWY_ATTR {
+    const auto sums = kLanes == 2 ? Epilogue::Join(high, low) : high;
+    total[p] = Epilogue::AddExact(total[p], sums, epilogue.ActSum(group, 0),
+                                  epilogue.LoadScales(panel, group).part[p]);
+  };
+  if constexpr (kPlanesInRegisters<kDot>) {
+    for (size_t group = 0; group < runs.PlaneGroups(); group += kT20Planes) {
+      const TileRun run = runs.Run(group, 0);
+      for (size_t plane = 0; plane < kT20Planes; ++plane)
+        epilogue.PrefetchScales(panel, group + plane, scales_ahead);
+      PassT20InPlace<kDot, kPermute, kLanes>(
+          stream + run.byte, acts + run.col * kLanes, group_cols * kLanes, run.tiles,
+          [&](const dot::DotSums(&sums)[kT20Planes][kLanes]) HWY_ATTR {
+            for (size_t plane = 0; plane < kT20Planes; ++plane)
+              add(group + plane, 0, sums[plane][0], sums[plane][kLanes - 1]);
+          });
+    }
   }
-  hn::StoreU(total, PartTag(), totals);
+  for (size_t group = runs.PlaneGroups(); group < runs.groups(); ++group) {
+    const TileRun run = runs.Run(group, 0);
+    epilogue.PrefetchScales(panel, group, scales_ahead);
+    SumT16<kDot, kLanes>(stream + run.byte, acts + run.col * kLanes, run.tiles,
+                         [&](size_t first, const PassSums<kDot, kLanes>& sums) HWY_ATTR {
+                           for (size_t v = 0; v < kPassVectors<kDot, kLanes>; ++v)
+                             add(group, first + v, sums[0][v], sums[kLanes - 1][v]);
+                         });
+  }
+  for (size_t p = 0; p < kParts; ++p) hn::StoreU(total[p], PartTag(), totals + p * kPartLanes);
 }
+
 #endif
 
 template <simd::DotKind kDot, bool kPermute, size_t kLanes>
@@ -71,11 +92,23 @@ void GemvPanels(const PackedTensor& weight, const QuantizedActs& acts, size_t to
   const Epilogue epilogue(weight, acts);
   const bool is_t20 = weight.layout() == Layout::kT20;
   const size_t group_cols = weight.scales().group_size;
+  const size_t scales_ahead = DivCeil(kPrefetchBytes * runs.groups(), runs.PanelBytes());
   alignas(64) int32_t sums[kT20Planes * kLanes * kPanelRows];
   for (size_t panel = panel_begin; panel < panel_end; ++panel) {
     const uint8_t* stream = weight.bytes().data() + panel * runs.PanelBytes();
     alignas(64) float totals[kLanes * kPanelRows] = {};
+#if HWY_TARGET != HWY_SCALAR
+    if constexpr (kLanes <= 2) {
+      if (group_cols != 0 && tokens == 1 && (kPlanesInRegisters<kDot> || !is_t20)) {
+        SumGroups<kDot, kPermute, kLanes>(runs, epilogue, acts.codes, group_cols, scales_ahead,
+                                          panel, stream, totals);
+        epilogue.Store(panel, 0, totals, out);
+        continue;
+      }
+    }
+#endif
     const auto add = [&](size_t group, const int32_t* lane_sums) HWY_ATTR {
+      epilogue.PrefetchScales(panel, group, scales_ahead);
       for (size_t token = 0; token < tokens; ++token) {
         epilogue.AddGroup(panel, group, token,
                           lane_sums + token * acts.lanes_per_token * kPanelRows, kPanelRows,
@@ -86,16 +119,7 @@ void GemvPanels(const PackedTensor& weight, const QuantizedActs& acts, size_t to
       DotPanel<kDot, kPermute, kLanes>(runs, is_t20, stream, acts.codes, sums);
       add(0, sums);
     }
-    size_t plane_groups = runs.PlaneGroups();
-#if HWY_TARGET == HWY_AVX3
-    if constexpr (kDot == simd::DotKind::kNative && kLanes == 1) {
-      if (plane_groups != 0) {
-        AddPlaneGroups<kPermute>(runs, epilogue, acts.codes, group_cols, panel, stream, totals);
-        plane_groups = 0;
-      }
-    }
-#endif
-    for (size_t group = 0; group < plane_groups; group += kT20Planes) {
+    for (size_t group = 0; group < runs.PlaneGroups(); group += kT20Planes) {
       const TileRun run = runs.Run(group, 0);
       DotT20<kDot, kPermute, kLanes>(stream + run.byte, acts.codes + run.col * kLanes,
                                      group_cols * kLanes, run.tiles, sums);
