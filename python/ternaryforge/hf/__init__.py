@@ -19,6 +19,7 @@ from ternaryforge.hf.config import TernaryForgeConfig
 from ternaryforge.hf.export import ExportReport, export_bitnet, export_dense
 from ternaryforge.hf.quantizer import register
 from ternaryforge.hf.trainer import DistillationTrainer
+from ternaryforge.model_card import push_to_hub
 
 __all__ = [
     "AnnealingCallback",
@@ -34,6 +35,7 @@ __all__ = [
     "export_bitnet",
     "export_dense",
     "optimize",
+    "push_to_hub",
     "train_blockwise",
 ]
 

@@ -24,6 +24,8 @@ from ternaryforge._core import FormatError
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.checkpoint_writer import CheckpointWriter, TensorPlan
 from ternaryforge.families import Architecture, read_architecture
+from ternaryforge.hf.export_card import DENSE_LOADING, describe_loading, describe_method
+from ternaryforge.model_card import CARD, source_metadata, write_model_card
 from ternaryforge.report import Report
 from ternaryforge.torch.encoding import EncodedMatrix, encode_matrix, has_output_bias, learned_names
 from ternaryforge.torch.qat import QATConfig, read_stamp
@@ -61,6 +63,8 @@ def export_bitnet(
     linear_class: LinearClass = "bitlinear",
     *,
     config: QATConfig | None = None,
+    base_model: str | None = None,
+    measured: Mapping[str, str | float] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Packs the latents in the folder `source` into the new folder `out`.
@@ -71,8 +75,11 @@ def export_bitnet(
         linear_class: `bitlinear` and `autobitlinear` are transformers' own two forms (one scale a tensor, int8
             activations; the first is read by more programs); `ternaryforge` is this library's.
         config: How the model was trained, where config.json does not say it.
+        base_model: `org/name` of the full-precision model, for the card; else what the card of `source` says.
+        measured: Figures for the card, by what they are; it has no others.
         progress: Called after each tensor with the tensors done, all, and the name.
 
+    `out` gets a card, README.md, that takes over the licence in the metadata of the source's card.
     A bias that the quantizer made (Tequila) is stored as the bias of every linear layer.
     Raises FormatError for a source that is no such checkpoint or cannot be stored as asked, with the fix, ValueError
     for an unknown `linear_class`, FileExistsError and other OSError.
@@ -104,6 +111,18 @@ def export_bitnet(
         changed = {"attention_bias": True, "mlp_bias": True} if biased else {}
         writer.write_json("config.json", master.config_json(master.packed_fields(linear_class), changed))
         writer.copy_companions(master.checkpoint.path)
+        facts = {
+            "Method": describe_method(master.config),
+            "Ternary weights": f"{weights:,} in {len(master.shapes)} matrices, {zeros / weights:.1%} of them zero",
+            "Bits per ternary weight": f"{bits / weights:.3f}, scales included",
+            "Size": f"{writer.file_bytes / 1e6:,.2f} MB, of which ternary {bits / 8e6:,.2f} MB",
+            "Format": f"`{linear_class}`",
+        }
+        loading = describe_loading(stock=linear_class != "ternaryforge")
+        card = write_model_card(
+            Path(out).name, facts, loading, source=Path(source), base_model=base_model, measured=measured
+        )
+        writer.write_text(CARD, card)
     trained = master.config
     return ExportReport(
         source=str(source),
@@ -128,6 +147,8 @@ def export_dense(
     *,
     dtype: DenseType = "float32",
     config: QATConfig | None = None,
+    base_model: str | None = None,
+    measured: Mapping[str, str | float] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Bakes the values that training multiplied with into ordinary weights of `dtype`, for any program.
@@ -154,6 +175,15 @@ def export_dense(
         changed: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if biased else {}
         writer.write_json("config.json", master.config_json(None, {**changed, "dtype": dtype}))
         writer.copy_companions(master.checkpoint.path)
+        facts = {
+            "Method": describe_method(master.config),
+            "Bits per weight": f"{32 if dtype == 'float32' else 16}: the quantised values are stored as plain {dtype}",
+            "Size": f"{writer.file_bytes / 1e6:,.2f} MB",
+        }
+        card = write_model_card(
+            Path(out).name, facts, DENSE_LOADING, source=Path(source), base_model=base_model, measured=measured
+        )
+        writer.write_text(CARD, card)
 
 
 class _Master:
@@ -162,6 +192,7 @@ class _Master:
     def __init__(self, source: Path, config: QATConfig | None) -> None:
         self.checkpoint = Checkpoint.open(source)
         self.where = str(source / "config.json")
+        source_metadata(source)  # a card that cannot be read is refused before any work
         fields = self.checkpoint.config.get("quantization_config")
         self.config = self._trained(fields, config)
         kept = list((fields or {}).get("modules_to_not_convert") or ["lm_head"])
