@@ -92,7 +92,7 @@ void PackMoments(const float* x, size_t tokens, size_t cols, Range panels, doubl
 
 void AddMoments(const Worker& worker, const double* a, size_t cols_a, const double* b,
                 size_t cols_b, size_t tokens, double* sums) {
-  const auto tile_of = &HWY_DYNAMIC_DISPATCH(MomentTile);
+  const auto tile_of = HWY_DYNAMIC_DISPATCH(MomentTile);
   double tile[kMomentPanel * kMomentPanel];
   for (size_t i = worker.index(); i < Panels(cols_a); i += worker.count()) {
     for (size_t j = 0; j < Panels(cols_b); ++j) {
@@ -109,7 +109,7 @@ void AddMoments(const Worker& worker, const double* a, size_t cols_a, const doub
 
 void AddSecondMoments(const Worker& worker, const double* a, size_t cols, size_t tokens,
                       double* sums) {
-  const auto tile_of = &HWY_DYNAMIC_DISPATCH(MomentTile);
+  const auto tile_of = HWY_DYNAMIC_DISPATCH(MomentTile);
   double tile[kMomentPanel * kMomentPanel];
   for (size_t i = worker.index(); i < Panels(cols); i += worker.count()) {
     for (size_t j = i; j < Panels(cols); ++j) {
