@@ -18,6 +18,7 @@
 #include "quant/calibrator.h"
 #include "quant/descent.h"
 #include "quant/find_ternary.h"
+#include "quant/moment_factor.h"
 #include "quant/packer.h"
 
 namespace tf {
@@ -115,6 +116,17 @@ void PySumMoments(const py::array& a, const py::object& b, py::array& sums, size
   SumCrossMoments(values, cols, others, other_cols, team, total);
 }
 
+void PyAddCorrection(py::array& target, const py::array& lacking, const py::array& factor,
+                     size_t threads) {
+  const std::span<double> values = TakeWritable<double>(target, 2, "calibrate", "target");
+  const std::span<const double> sums = TakeArray<double>(lacking, 2, "calibrate", "lacking");
+  const std::span<const double> factors = TakeArray<double>(factor, 2, "calibrate", "factor");
+  const size_t rows = ShapeOf(target)[0], cols = ShapeOf(target)[1];
+  const Team team(threads);
+  const py::gil_scoped_release release;
+  AddCorrection(values, rows, cols, sums, factors, team);
+}
+
 py::tuple PyRoundWithFeedback(const py::array& target, const py::object& factor,
                               const py::array& importance, std::string_view rule_name,
                               std::string_view scale, size_t group_size, float tensor_scale,
@@ -180,6 +192,9 @@ void register_quant(py::module_& quant) {
   quant.def("sum_moments", &PySumMoments, py::arg("a"), py::arg("b"), py::arg("sums"),
             py::kw_only(), py::arg("threads") = 1,
             "sums += a^T a, or a^T b where b is given; float32 [tokens, cols] into float64.");
+  quant.def("add_correction", &PyAddCorrection, py::arg("target"), py::arg("lacking"),
+            py::arg("factor"), py::kw_only(), py::arg("threads") = 1,
+            "target += lacking H^-1, in place, for the upper triangular factor R of H = R R^T.");
   quant.def("round_with_feedback", &PyRoundWithFeedback, py::arg("target"), py::arg("factor"),
             py::arg("importance"), py::kw_only(), py::arg("rule"), py::arg("scale"),
             py::arg("group_size") = 128, py::arg("tensor_scale") = 1.0f, py::arg("planes") = 1,

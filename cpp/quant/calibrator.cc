@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moments in parts of a few hundred tokens; rounding in tiles of eight rows that share the factor.
+// Moments in parts of a few hundred tokens; rounding in tiles of rows that share the factor.
 #include "quant/calibrator.h"
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include "base/aligned.h"
 #include "base/check.h"
 #include "kernels/second_moments.h"
+#include "kernels/tile_products.h"
+#include "quant/moment_factor.h"
 #include "quant/nearest_level.h"
 #include "quant/packer.h"
 #include "quant/stored_scale.h"
@@ -20,7 +22,8 @@ namespace tf {
 namespace {
 
 constexpr size_t kPartTokens = 256;
-constexpr size_t kTile = 8;  // rows that are rounded together
+constexpr size_t kTile = 2 * kProductRows;  // rows that are rounded together, with feedback
+constexpr size_t kFedColumns = 128;         // whose errors go to all columns behind them at once
 constexpr double kTwnThreshold = 0.7;
 
 void CheckActivations(std::span<const float> x, size_t cols) {
@@ -108,28 +111,33 @@ double ScaleOf(std::span<const Weight> run, int max_level, ScaleRule rule, std::
   return best;
 }
 
-// Rounds kTile rows. Everything of a column lies side by side: [cols][kTile].
+// One without feedback, so that a row may be a whole matrix.
+size_t TileRows(std::span<const double> factor) { return factor.empty() ? 1 : kTile; }
+
+// Rounds a tile of rows. Everything of a column lies side by side: [cols][tile].
 class TileRounder {
  public:
   TileRounder(size_t cols, std::span<const double> factor, std::span<const double> importance,
               Alphabet alphabet, ScaleRule rule, size_t run_cols)
       : cols_(cols),
+        tile_(TileRows(factor)),
         factor_(factor),
         importance_(importance),
         max_level_(MaxLevel(alphabet)),
         rule_(rule),
         run_cols_(run_cols),
-        weights_(cols * kTile),
-        errors_(cols * kTile),
-        unrounded_(std::min(run_cols, cols) * kTile),
+        weights_(cols * tile_),
+        errors_(cols * tile_),
+        unrounded_(std::min(run_cols, cols) * tile_),
         run_(std::min(run_cols, cols)),
         steps_(run_.size() * static_cast<size_t>(max_level_)) {}
 
-  // `rows` <= kTile rows of target and levels; `scales` [rows, runs], or null with `scale` for all.
+  // `rows` of target and levels, at most those of a tile; `scales` [rows, runs], or null with
+  // `scale` for all.
   void Round(const double* target, size_t rows, float scale, float* scales, int8_t* levels) {
-    for (size_t r = 0; r < kTile; ++r) {
+    for (size_t r = 0; r < tile_; ++r) {
       for (size_t k = 0; k < cols_; ++k) {
-        weights_[k * kTile + r] = r < rows ? target[r * cols_ + k] : 0.0;
+        weights_[k * tile_ + r] = r < rows ? target[r * cols_ + k] : 0.0;
       }
     }
     std::ranges::fill(errors_.span(), 0.0);
@@ -138,17 +146,20 @@ class TileRounder {
       const size_t begin = run * run_cols_, end = std::min(cols_, begin + run_cols_);
       if (scales != nullptr) Anticipate(begin, end);
       double run_scales[kTile];
-      for (size_t r = 0; r < kTile; ++r) {
+      for (size_t r = 0; r < tile_; ++r) {
         run_scales[r] = scales == nullptr ? static_cast<double>(scale) : Choose(begin, end, r);
         if (scales != nullptr && r < rows) {
           scales[r * runs + run] = static_cast<float>(run_scales[r]);
         }
       }
-      for (size_t k = begin; k < end; ++k) {
-        RoundColumn(k, rows, run_scales, levels);
-        if (!factor_.empty()) Feed(k, k + 1, k + 1, end);
+      for (size_t first = begin; first < end; first += kFedColumns) {
+        const size_t last = std::min(end, first + kFedColumns);
+        for (size_t k = first; k < last; ++k) {
+          RoundColumn(k, rows, run_scales, levels);
+          Feed({k, k + 1}, {k + 1, last});
+        }
+        Feed({first, last}, {last, cols_});
       }
-      if (!factor_.empty()) Feed(begin, end, end, cols_);
     }
   }
 
@@ -156,31 +167,29 @@ class TileRounder {
   // What the columns begin .. end would be, each with the feedback of all on its left, if they were
   // not rounded: the weights that a scale is chosen for.
   void Anticipate(size_t begin, size_t end) {
-    for (size_t k = begin; k < end; ++k) {
-      double sums[kTile] = {};
-      if (!factor_.empty()) {
-        std::copy_n(errors_.data() + k * kTile, kTile, sums);
-        for (size_t j = begin; j < k; ++j) {
-          const double factor = factor_[j * cols_ + k];
-          const double* error = unrounded_.data() + (j - begin) * kTile;
-          for (size_t r = 0; r < kTile; ++r) sums[r] += error[r] * factor;
-        }
-        for (double& sum : sums) sum /= -factor_[k * cols_ + k];
-      }
-      std::copy_n(sums, kTile, unrounded_.data() + (k - begin) * kTile);
+    double* errors = unrounded_.data();
+    if (begin == 0 || factor_.empty()) {
+      std::fill_n(errors, (end - begin) * tile_, 0.0);
+      return;
+    }
+    std::copy_n(errors_.data() + begin * tile_, (end - begin) * tile_, errors);
+    const double* block = factor_.data() + begin * cols_ + begin;
+    for (size_t k = 0; k < end - begin; ++k) {
+      for (size_t r = 0; r < tile_; ++r) errors[k * tile_ + r] /= -block[k * cols_ + k];
+      AddTileProducts(block, cols_, false, {k, k + 1}, {k + 1, end - begin}, tile_, errors, errors);
     }
   }
 
   // Weight k of row r with the feedback of the columns on its left. errors_ holds that sum until
   // the column is rounded, its error after.
   double Compensated(size_t k, size_t r) const {
-    const double weight = weights_[k * kTile + r];
-    return factor_.empty() ? weight : weight + errors_[k * kTile + r] / factor_[k * cols_ + k];
+    const double weight = weights_[k * tile_ + r];
+    return factor_.empty() ? weight : weight + errors_[k * tile_ + r] / factor_[k * cols_ + k];
   }
 
   double Choose(size_t begin, size_t end, size_t r) {
     for (size_t k = begin; k < end; ++k) {
-      const double weight = weights_[k * kTile + r] - unrounded_[(k - begin) * kTile + r];
+      const double weight = weights_[k * tile_ + r] - unrounded_[(k - begin) * tile_ + r];
       run_[k - begin] = {std::abs(weight), importance_[k]};
     }
     const double scale = ScaleOf(std::span(run_).first(end - begin), max_level_, rule_, steps_);
@@ -188,30 +197,22 @@ class TileRounder {
   }
 
   void RoundColumn(size_t k, size_t rows, const double* scales, int8_t* levels) {
-    for (size_t r = 0; r < kTile; ++r) {
+    for (size_t r = 0; r < tile_; ++r) {
       const double scale = scales[r];
       const int level = scale > 0 ? NearestLevel(Compensated(k, r), scale, max_level_) : 0;
       if (r < rows) levels[r * cols_ + k] = static_cast<int8_t>(level);
-      errors_[k * kTile + r] = weights_[k * kTile + r] - level * scale;
+      errors_[k * tile_ + r] = weights_[k * tile_ + r] - level * scale;
     }
   }
 
-  // Adds the errors of the columns first .. last to the feedback of begin .. end.
-  void Feed(size_t first, size_t last, size_t begin, size_t end) {
-    for (size_t k = begin; k < end; ++k) {
-      double sums[kTile];
-      double* sum = errors_.data() + k * kTile;
-      std::copy_n(sum, kTile, sums);
-      for (size_t j = first; j < last; ++j) {
-        const double factor = factor_[j * cols_ + k];
-        const double* error = errors_.data() + j * kTile;
-        for (size_t r = 0; r < kTile; ++r) sums[r] += error[r] * factor;
-      }
-      std::copy_n(sums, kTile, sum);
-    }
+  // Adds the errors of the columns `from` to the feedback of the columns `to`.
+  void Feed(Range from, Range to) {
+    if (factor_.empty()) return;
+    AddTileProducts(factor_.data(), cols_, false, from, to, tile_, errors_.data(), errors_.data());
   }
 
   size_t cols_;
+  size_t tile_;  // rows
   std::span<const double> factor_;
   std::span<const double> importance_;
   int max_level_;
@@ -291,15 +292,11 @@ void RoundWithFeedback(std::span<const double> target, size_t rows, size_t cols,
   Check(std::ranges::all_of(target, finite), "[calibrate] the target must be finite");
   Check(std::ranges::all_of(importance, [](double h) { return h > 0 && std::isfinite(h); }),
         "[calibrate] importances must be positive and finite");
-  for (size_t k = 0; k < (factor.empty() ? 0 : cols); ++k) {
-    const double diagonal = factor[k * cols + k];
-    Check(diagonal > 0 && std::ranges::all_of(factor.subspan(k * cols + k, cols - k), finite),
-          "[calibrate] the factor is finite with a positive diagonal, got ", diagonal, " in row ",
-          k);
-  }
+  if (!factor.empty()) CheckMomentFactor(factor, cols);
   const bool given = kind == ScaleKind::kTensor;
   const size_t run_cols = kind == ScaleKind::kGroup ? group_size : cols;
-  const size_t runs = DivCeil(cols, run_cols), tiles = DivCeil(rows, kTile);
+  const size_t runs = DivCeil(cols, run_cols);
+  const size_t height = TileRows(factor), tiles = DivCeil(rows, height);
   const Team small(std::clamp<size_t>(tiles, 1, team.threads()));
   // Made here, because nothing may throw inside a team.
   std::vector<TileRounder> rounders;
@@ -309,9 +306,9 @@ void RoundWithFeedback(std::span<const double> target, size_t rows, size_t cols,
   small.Run([&](Worker& worker) {
     const Range share = worker.Share(tiles);
     for (size_t tile = share.begin; tile < share.end; ++tile) {
-      const size_t row = tile * kTile;
+      const size_t row = tile * height;
       rounders[worker.index()].Round(
-          target.data() + row * cols, std::min(kTile, rows - row), given ? scales[0] : 0.0f,
+          target.data() + row * cols, std::min(height, rows - row), given ? scales[0] : 0.0f,
           given ? nullptr : scales.data() + row * runs, levels.data() + row * cols);
     }
   });

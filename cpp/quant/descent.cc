@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Coordinate descent over levels between joint solutions for the scales, in tiles of eight rows.
+// Coordinate descent over levels between joint solutions for the scales, in tiles of rows that
+// share the moments.
 #include "quant/descent.h"
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 
 #include "base/aligned.h"
 #include "base/check.h"
+#include "kernels/tile_products.h"
 #include "quant/nearest_level.h"
 #include "quant/packer.h"
 #include "quant/stored_scale.h"
@@ -15,29 +17,7 @@
 namespace tf {
 namespace {
 
-constexpr size_t kTile = 8;
-
-// sums [cols][kTile] += moments[:, begin .. end] * values[begin .. end][kTile].
-void Multiply(const double* moments, size_t cols, size_t begin, size_t end, const double* values,
-              double* sums) {
-  constexpr size_t kTogether = 4;  // columns for which a sum is loaded and stored once
-  static constexpr double kZeros[kTile] = {};
-  for (size_t j = begin; j < end; j += kTogether) {
-    const double* value[kTogether];
-    const double* moment[kTogether];
-    for (size_t i = 0; i < kTogether; ++i) {
-      value[i] = j + i < end ? values + (j + i) * kTile : kZeros;
-      moment[i] = moments + std::min(j + i, end - 1) * cols;
-    }
-    for (size_t k = 0; k < cols; ++k) {
-      double* sum = sums + k * kTile;
-      for (size_t r = 0; r < kTile; ++r) {
-        sum[r] += moment[0][k] * value[0][r] + moment[1][k] * value[1][r] +
-                  moment[2][k] * value[2][r] + moment[3][k] * value[3][r];
-      }
-    }
-  }
-}
+constexpr size_t kTile = kProductRows;
 
 // Conjugate gradients for a x = b with a [n, n] symmetric, positive semidefinite; exact after n
 // steps but for rounding.
@@ -88,27 +68,39 @@ class Tile {
         aimed_(cols * kTile),
         values_(cols * kTile),
         images_(runs_ * cols * kTile),
-        gradient_(cols),
+        gradients_(kTile * cols),
+        systems_(runs_ * (runs_ + 1) * kTile),
         matrix_(runs_ * runs_),
         right_(runs_),
-        scales_(runs_) {}
+        solved_(runs_),
+        scales_(runs_ * kTile) {}
 
   // `rows` <= kTile rows of target and levels; `scales` [rows, runs], or the one that all share.
   void Run(const double* target, size_t rows, size_t rounds, size_t sweeps, int8_t* levels,
            float* scales) {
     Interleave(target, rows);
     std::ranges::fill(aimed_.span(), 0.0);
-    Multiply(moments_.data(), cols_, 0, cols_, values_.data(), aimed_.data());
+    Multiply({0, cols_}, aimed_.data());
     for (size_t round = 0; round <= rounds; ++round) {
       Interleave(levels, rows);
       std::ranges::fill(images_.span(), 0.0);
       for (size_t run = 0; run < runs_; ++run) {
-        Multiply(moments_.data(), cols_, run * run_cols_, std::min(cols_, (run + 1) * run_cols_),
-                 values_.data(), images_.data() + run * cols_ * kTile);
+        Multiply(ColumnsOf(run), images_.data() + run * cols_ * kTile);
       }
+      if (!fixed_scale_) MakeSystems();
       for (size_t r = 0; r < rows; ++r) {
-        RunRow(r, round == rounds ? 0 : sweeps, levels + r * cols_,
-               fixed_scale_ ? scales : scales + r * runs_);
+        float* own = fixed_scale_ ? scales : scales + r * runs_;
+        if (!fixed_scale_) Refit(r, levels + r * cols_, own);
+        for (size_t run = 0; run < runs_; ++run) {
+          scales_[run * kTile + r] = static_cast<double>(own[fixed_scale_ ? 0 : run]);
+        }
+      }
+      if (round == rounds) break;
+      MakeGradients();
+      for (size_t r = 0; r < rows; ++r) {
+        for (size_t sweep = 0; sweep < sweeps; ++sweep) {
+          if (!Sweep(r, levels + r * cols_)) break;
+        }
       }
     }
   }
@@ -123,54 +115,54 @@ class Tile {
     }
   }
 
-  void RunRow(size_t r, size_t sweeps, int8_t* levels, float* scales) {
-    MakeSystem(r, levels);
-    if (!fixed_scale_) Refit(r, levels, scales);
-    for (size_t run = 0; run < runs_; ++run) {
-      scales_[run] = static_cast<double>(scales[fixed_scale_ ? 0 : run]);
-    }
-    for (size_t k = 0; k < cols_; ++k) {
-      gradient_[k] = aimed_[k * kTile + r];
-      for (size_t run = 0; run < runs_; ++run) {
-        gradient_[k] -= scales_[run] * images_[(run * cols_ + k) * kTile + r];
-      }
-    }
-    for (size_t sweep = 0; sweep < sweeps; ++sweep) {
-      if (!Sweep(levels)) break;
-    }
+  Range ColumnsOf(size_t run) const {
+    return {run * run_cols_, std::min(cols_, (run + 1) * run_cols_)};
   }
 
-  // The error as a quadratic function of the scales: matrix_, right_.
-  void MakeSystem(size_t r, const int8_t* levels) {
-    std::ranges::fill(matrix_, 0.0);
-    std::ranges::fill(right_, 0.0);
-    for (size_t k = 0; k < cols_; ++k) {
-      if (levels[k] == 0) continue;
-      const size_t run = k / run_cols_;
-      right_[run] += levels[k] * aimed_[k * kTile + r];
-      for (size_t other = 0; other < runs_; ++other) {
-        matrix_[run * runs_ + other] += levels[k] * images_[(other * cols_ + k) * kTile + r];
+  // sums [cols][kTile] += moments * values_, of some of the columns.
+  void Multiply(Range columns, double* sums) {
+    AddTileProducts(moments_.data(), cols_, false, columns, {0, cols_}, kTile, values_.data(),
+                    sums);
+  }
+
+  // The error of every row as a quadratic function of its scales: of a run, its products with the
+  // images of all runs, then with aimed_.
+  void MakeSystems() {
+    std::ranges::fill(systems_.span(), 0.0);
+    for (size_t run = 0; run < runs_; ++run) {
+      const Range columns = ColumnsOf(run);
+      for (size_t other = 0; other <= runs_; ++other) {
+        const double* image =
+            other < runs_ ? images_.data() + other * cols_ * kTile : aimed_.data();
+        double* sums = systems_.data() + (run * (runs_ + 1) + other) * kTile;
+        for (size_t i = columns.begin * kTile; i < columns.end * kTile; i += kTile) {
+          for (size_t r = 0; r < kTile; ++r) sums[r] += values_[i + r] * image[i + r];
+        }
       }
     }
   }
 
   void Refit(size_t r, int8_t* levels, float* scales) {
-    for (size_t run = 0; run < runs_; ++run) scales_[run] = static_cast<double>(scales[run]);
+    for (size_t run = 0; run < runs_; ++run) {
+      const double* sums = systems_.data() + run * (runs_ + 1) * kTile + r;
+      for (size_t other = 0; other < runs_; ++other) {
+        matrix_[run * runs_ + other] = sums[other * kTile];
+      }
+      right_[run] = sums[runs_ * kTile];
+      solved_[run] = static_cast<double>(scales[run]);
+    }
     const double before = ErrorOfScales();
-    std::vector<double> old = scales_;
-    Solve(matrix_, right_, scales_);
-    for (double& scale : scales_) {
+    Solve(matrix_, right_, solved_);
+    for (double& scale : solved_) {
       const double stored = static_cast<double>(StoredScale(std::abs(scale)));
       scale = scale == 0 ? 0.0 : std::copysign(stored, scale);
     }
-    if (!(ErrorOfScales() < before)) {
-      scales_ = old;
-      return;
-    }
+    if (!(ErrorOfScales() < before)) return;
     for (size_t run = 0; run < runs_; ++run) {
-      scales[run] = static_cast<float>(std::abs(scales_[run]));
-      if (scales_[run] >= 0) continue;
-      for (size_t k = run * run_cols_; k < std::min(cols_, (run + 1) * run_cols_); ++k) {
+      scales[run] = static_cast<float>(std::abs(solved_[run]));
+      if (solved_[run] >= 0) continue;
+      const Range columns = ColumnsOf(run);
+      for (size_t k = columns.begin; k < columns.end; ++k) {
         levels[k] = static_cast<int8_t>(-levels[k]);
       }
       for (size_t k = 0; k < cols_; ++k) {
@@ -180,33 +172,48 @@ class Tile {
     }
   }
 
+  // aimed_ less the images of all runs, row after row.
+  void MakeGradients() {
+    for (size_t k = 0; k < cols_; ++k) {
+      double gradient[kTile];
+      std::copy_n(aimed_.data() + k * kTile, kTile, gradient);
+      for (size_t run = 0; run < runs_; ++run) {
+        const double* image = images_.data() + (run * cols_ + k) * kTile;
+        const double* scale = scales_.data() + run * kTile;
+        for (size_t r = 0; r < kTile; ++r) gradient[r] -= scale[r] * image[r];
+      }
+      for (size_t r = 0; r < kTile; ++r) gradients_[r * cols_ + k] = gradient[r];
+    }
+  }
+
   // But for what does not depend on the scales.
   double ErrorOfScales() const {
     double error = 0;
     for (size_t i = 0; i < runs_; ++i) {
       double row = -2 * right_[i];
-      for (size_t j = 0; j < runs_; ++j) row += matrix_[i * runs_ + j] * scales_[j];
-      error += scales_[i] * row;
+      for (size_t j = 0; j < runs_; ++j) row += matrix_[i * runs_ + j] * solved_[j];
+      error += solved_[i] * row;
     }
     return error;
   }
 
-  // Visits every level once; whether one has changed.
-  bool Sweep(int8_t* levels) {
+  // Visits every level of a row once; whether one has changed.
+  bool Sweep(size_t r, int8_t* levels) {
+    double* gradient = gradients_.data() + r * cols_;
     bool changed = false;
     for (size_t k = 0; k < cols_; ++k) {
-      const double scale = scales_[k / run_cols_], own = moments_[k * cols_ + k];
+      const double scale = scales_[k / run_cols_ * kTile + r], own = moments_[k * cols_ + k];
       if (scale == 0) continue;
       // The change d of a weight changes the error by d (d own - 2 gradient): best near
       // gradient / own.
-      const double wish = levels[k] + gradient_[k] / (own * scale);
+      const double wish = levels[k] + gradient[k] / (own * scale);
       const int level = NearestLevel(wish, 1.0, max_level_);
       if (level == levels[k]) continue;
       const double change = (level - levels[k]) * scale;
-      if (change * (change * own - 2 * gradient_[k]) >= 0) continue;
+      if (change * (change * own - 2 * gradient[k]) >= 0) continue;
       levels[k] = static_cast<int8_t>(level);
       const double* moment = moments_.data() + k * cols_;
-      for (size_t i = 0; i < cols_; ++i) gradient_[i] -= change * moment[i];
+      for (size_t i = 0; i < cols_; ++i) gradient[i] -= change * moment[i];
       changed = true;
     }
     return changed;
@@ -217,11 +224,13 @@ class Tile {
   size_t runs_, run_cols_;
   bool fixed_scale_;
   std::span<const double> moments_;
-  AlignedArray<double> aimed_;   // moments * target
-  AlignedArray<double> values_;  // target or levels, row beside row
-  AlignedArray<double> images_;  // moments * levels by run
-  AlignedArray<double> gradient_;
-  std::vector<double> matrix_, right_, scales_;
+  AlignedArray<double> aimed_;                   // moments * target
+  AlignedArray<double> values_;                  // target or levels, row beside row
+  AlignedArray<double> images_;                  // moments * levels by run
+  AlignedArray<double> gradients_;               // row after row
+  AlignedArray<double> systems_;                 // [runs][runs + 1][kTile], see MakeSystems
+  std::vector<double> matrix_, right_, solved_;  // of one row
+  std::vector<double> scales_;                   // [runs][kTile]
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ternaryforge import simd
     from ternaryforge._core import FormatError
     from ternaryforge.analysis import AnalysisReport, analyze
-    from ternaryforge.bit_map_search import SearchResult, search
+    from ternaryforge.bit_map_search import search
     from ternaryforge.calibration import CalibrationReport, calibrate
     from ternaryforge.chat_template import ChatTemplate, ChatTemplateError
     from ternaryforge.conversion import ConversionReport, convert
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ternaryforge.gguf.importing import ImportReport, import_gguf
     from ternaryforge.model import TernaryModel
     from ternaryforge.planning import PlanReport, plan
+    from ternaryforge.search_report import SearchResult
     from ternaryforge.validation import ValidationReport, validate
     from ternaryforge.verification import VerificationReport, verify
 
@@ -86,7 +87,7 @@ _MODULE_OF = {
     "OnebitReport": "exporting",
     "Piece": "generation",
     "PlanReport": "planning",
-    "SearchResult": "bit_map_search",
+    "SearchResult": "search_report",
     "TernaryModel": "model",
     "ValidationReport": "validation",
     "VerificationReport": "verification",

@@ -276,6 +276,8 @@ class quant:
     def sum_moments(a: Float32, b: Float32 | None, sums: Float64, *, threads: int = 1) -> None: ...
     # sums [cols, cols] += a^T a, or [cols_a, cols_b] += a^T b; ValueError for NaN and infinity
     @staticmethod
+    def add_correction(target: Float64, lacking: Float64, factor: Float64, *, threads: int = 1) -> None: ...
+    @staticmethod
     def round_with_feedback(
         target: Float64,  # [rows, cols]
         factor: Float64 | None,  # upper triangular R, second moments = R R^T; None: plain rounding

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every layer of a model tolerates: what it costs to store it alone in fewer bits; its zeros and scales.
 
-report = analyze("model", "text.txt")
+report = analyze("model", "text.txt")      # calibration="train.txt": as calibrate makes them
 report.plot()                              # a matplotlib Figure
 """
 
@@ -9,17 +9,19 @@ import html
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ternaryforge import _core
-from ternaryforge.bit_map import MODES, Mode
+from ternaryforge.bit_map import MODES, Mode, sandwich
 from ternaryforge.calibration_text import read_text
 from ternaryforge.evaluation import Window, cut_documents, log_softmax
 from ternaryforge.families.base import LINEAR_SLOTS
 from ternaryforge.gguf.export_source import ExportSource, open_source
+from ternaryforge.map_calibrating import DEFAULT_TOKENS, CalibrationSource, LayerCalibrator
 from ternaryforge.mode_encoding import Encoded, encode, plan_matrix
 from ternaryforge.model import TernaryModel
 from ternaryforge.quantization import ScaleKind
@@ -79,6 +81,7 @@ class AnalysisReport(Report):
     nll: float
     perplexity: float
     layers: tuple[AnalyzedLayer, ...]
+    calibration: str | None = None
 
     def plot(self) -> "Figure":
         """Rise of nll by layer and mode, and zeros and scales by layer."""
@@ -124,6 +127,9 @@ def analyze(
     scale: ScaleKind = "group",
     group_size: int = 128,
     tokens: int = 8192,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> AnalysisReport:
@@ -137,6 +143,11 @@ def analyze(
         scale: What shares a scale under ternary and binary: `tensor`, `row` or `group`.
         group_size: Columns of a group, a multiple of 64.
         tokens: Documents are taken from the start until so many tokens are scored.
+        calibration: UTF-8 text: layers are put into a mode as `calibrate` would alone, the model being a folder
+            in full precision and the scale per row or group; zeros and scales are those of plain rounding still.
+            Apart from `data`, or the same text: then what is never drawn of it is measured on.
+        calibration_tokens: How many are drawn for that.
+        seed: Of the draw.
         threads: Default: the physical cores at hand.
         progress: Called with the measurements done, their number, and the layer.
 
@@ -150,11 +161,18 @@ def analyze(
         raise ValueError(f"[analyze] by is 'layer' or 'linear', got {by!r}")
     if unknown := [mode for mode in modes if mode not in MODES] or not modes:
         raise ValueError(f"[analyze] modes are some of {', '.join(MODES)}, got {unknown if modes else 'none'}")
-    loaded = TernaryModel.from_pretrained(model, threads=threads)
-    run = _Analysis(
-        loaded, open_source(loaded.path, threads=threads), RoundingOptions("ls", scale, group_size, threads)
-    )
-    windows = cut_documents(loaded.require_tokenizer(), read_text(data), run.window, tokens=tokens)
+    loaded, text, calibrator = TernaryModel.from_pretrained(model, threads=threads), read_text(data), None
+    if calibration is not None:
+        given = CalibrationSource(calibration, calibration_tokens, seed)
+        given.check("analyze", scale)
+        ends = sandwich(len(loaded.transformer.spec.layers))
+        calibrator = LayerCalibrator(
+            Path(loaded.path), given, ends, scale=scale, group_size=group_size, threads=threads
+        )
+        text = calibrator.text_apart(text)
+    options = RoundingOptions("ls", scale, group_size, threads)
+    run = _Analysis(loaded, open_source(loaded.path, threads=threads), options, calibrator)
+    windows = cut_documents(loaded.require_tokenizer(), text, run.window, tokens=tokens)
     base = run.start(windows)
     units = run.units(by)
     layers: list[AnalyzedLayer] = []
@@ -175,13 +193,21 @@ def analyze(
         nll=base,
         perplexity=float(np.exp(min(base, 700.0))),
         layers=tuple(layers),
+        calibration=None if calibration is None else str(calibration),
     )
 
 
 class _Analysis:
     """A model of which linear layers are exchanged and put back, and the predictions that it made at first."""
 
-    def __init__(self, model: TernaryModel, source: ExportSource, options: RoundingOptions) -> None:
+    def __init__(
+        self,
+        model: TernaryModel,
+        source: ExportSource,
+        options: RoundingOptions,
+        calibrator: LayerCalibrator | None,
+    ) -> None:
+        self._calibrator = calibrator
         self._transformer = model.transformer
         self._source = source
         self._options = options
@@ -218,7 +244,11 @@ class _Analysis:
         weights = {slot: np.concatenate(list(self._source.floats(slot))) for slot in slots}
         effects = []
         for done, mode in enumerate(modes, start=1):
-            encoded = {slot: self._encode(slot, weights[slot], mode) for slot in slots}
+            encoded = (
+                {slot: self._encode(slot, weights[slot], mode) for slot in slots}
+                if self._calibrator is None
+                else self._calibrator.encode_alone(slots, mode)
+            )
             try:
                 for slot, made in encoded.items():
                     self._transformer.replace_linear(slot, made.packed())

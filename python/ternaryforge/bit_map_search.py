@@ -5,7 +5,7 @@
     convert("model", "out", bit_map="map.json", scale="group")
 
 Every layer is measured alone in every mode, the best sum under the budget is found exactly, and the
-maps that look best are measured as a whole: docs/guide/bit-maps.md.
+maps that look best are measured as a whole, rounded or calibrated: docs/guide/bit-maps.md.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ternaryforge import _core
 from ternaryforge.bit_map import MODES, BitMap, Mode, parse_bit_map, read_bit_map, sandwich
@@ -25,104 +25,21 @@ from ternaryforge.calibration_text import read_text
 from ternaryforge.checkpoint import Checkpoint
 from ternaryforge.evaluation import cut_documents
 from ternaryforge.families import read_architecture
+from ternaryforge.map_calibrating import DEFAULT_TOKENS, CalibratedMaps, CalibrationSource
 from ternaryforge.map_measuring import Choice, LiveModel, MapSpace, MeasuredMaps
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
 from ternaryforge.model import Activations
 from ternaryforge.quantization import ScaleKind
-from ternaryforge.report import Report, new_figure
 from ternaryforge.rounding import RoundingOptions, check_options
+from ternaryforge.search_report import MEGABYTE, By, MapScore, MeasuredMap, SearchResult, UnitEffect
 from ternaryforge.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Progress = Callable[[int, int, str], None]
-By = Literal["layer", "linear"]
-MEGABYTE = 1_000_000
 
 _MOST_EXHAUSTIVE = 256  # maps that are all measured instead of searched
 _ROUNDS = 6
 _PAIRS = 12  # of changes that are measured in a round
 _TIGHTER = 3  # times that a loss which turned out too high is asked to be lower
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredMap:
-    """A map that was measured as a whole."""
-
-    size_bytes: int
-    perplexity: float
-    layer_modes: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class UnitEffect:
-    """What a layer, or a linear layer, alone in a mode adds to the nll, all others in the first mode; its bytes."""
-
-    name: str
-    mode: Mode
-    nll_rise: float
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class SearchResult(Report):
-    """The map that was found.
-
-    `perplexity` (protocol documents, on `tokens` scored tokens of `data`) was measured with exactly
-    this map; `size_bytes` is what model.safetensors will have. `exhaustive`: every map was measured,
-    so that no other is better. `measured` are all maps that were, `effects` the units alone.
-    """
-
-    source: str
-    data: str
-    layer_bit_map: dict[str, Any]
-    perplexity: float
-    size_bytes: int
-    max_perplexity: float | None
-    max_size_mb: float | None
-    by: By
-    scale: ScaleKind
-    group_size: int | None
-    tokens: int
-    exhaustive: bool
-    resumed: int
-    effects: tuple[UnitEffect, ...]
-    measured: tuple[MeasuredMap, ...]
-
-    @property
-    def bit_map(self) -> BitMap:
-        """The map, for `convert`."""
-        return parse_bit_map(self.layer_bit_map, where="search")
-
-    def plot(self) -> "Figure":
-        """Perplexity over size of all maps that were measured, and the one that was chosen."""
-        figure = new_figure(7, 4)
-        axes = figure.subplots()
-        axes.plot(
-            [found.size_bytes / MEGABYTE for found in self.measured],
-            [found.perplexity for found in self.measured],
-            ".",
-            color="#9a9a9a",
-            label="measured",
-        )
-        axes.plot([self.size_bytes / MEGABYTE], [self.perplexity], "o", color="#d98032", label="chosen")
-        axes.set_yscale("log")
-        axes.set_xlabel("megabytes")
-        axes.set_ylabel("perplexity")
-        axes.legend()
-        return figure
-
-
-@dataclass(frozen=True)
-class MapScore(Report):
-    """One map, measured; `kept`: it keeps the limits that were given."""
-
-    layer_bit_map: dict[str, Any]
-    perplexity: float
-    size_bytes: int
-    tokens: int
-    kept: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +72,9 @@ def search(
     scale: ScaleKind = "group",
     group_size: int = 128,
     tokens: int | None = 16_384,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
@@ -174,6 +94,10 @@ def search(
         scale: What shares a scale under ternary and binary: `tensor`, `row` or `group`.
         group_size: Columns of a group, a multiple of 64.
         tokens: Documents are taken from the start until so many tokens are scored; None: all.
+        calibration: UTF-8 text: maps are measured as `calibrate` makes them of it, under `row` and `group`.
+            Apart from `data`, or the same text: then what is never drawn of it is measured on.
+        calibration_tokens: How many are drawn for that.
+        seed: Of the draw.
         threads: Default: the physical cores at hand.
         progress: Called with measurements done, those expected, and what is measured.
 
@@ -184,6 +108,7 @@ def search(
     job = _Job(
         source, data, _ends(embedding, lm_head), modes=modes, by=by, scale=scale, group_size=group_size, tokens=tokens,
         threads=threads, output=output, progress=progress,
+        calibration=_calibration(calibration, calibration_tokens, seed),
     )  # fmt: skip
     limits = Limits(
         None if max_perplexity is None else math.log(max_perplexity),
@@ -210,6 +135,9 @@ def search(
             MeasuredMap(job.space.size(found), math.exp(nll), tuple(job.space.bit_map(found).to_dict()["layer_modes"]))
             for found, nll in job.memory.all().items()
         ),
+        calibration=None if calibration is None else str(calibration),
+        calibration_tokens=None if calibration is None else calibration_tokens,
+        seed=None if calibration is None else seed,
     )
     if output is not None:
         bit_map.save(
@@ -218,6 +146,7 @@ def search(
             size_bytes=result.size_bytes,
             scale=scale,
             group_size=result.group_size,
+            calibration_tokens=result.calibration_tokens,
         )
     return result
 
@@ -232,6 +161,9 @@ def score(
     scale: ScaleKind = "group",
     group_size: int = 128,
     tokens: int | None = 16_384,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
     threads: int | None = None,
 ) -> MapScore:
     """Measures one map as `search` does; raises as it does."""
@@ -239,6 +171,7 @@ def score(
     job = _Job(
         source, data, given, modes=MODES, by="linear", scale=scale, group_size=group_size, tokens=tokens,
         threads=threads, output=None, progress=None,
+        calibration=_calibration(calibration, calibration_tokens, seed),
     )  # fmt: skip
     job.space.mapped.check(given)
     choice = job.space.choice(given)
@@ -246,7 +179,12 @@ def score(
         raise ValueError(f"[search] the map must have modes of {', '.join(MODES)}, got {given.to_dict()}")
     perplexity, size = math.exp(job.nll(choice)), job.space.size(choice)
     kept = perplexity <= (max_perplexity or math.inf) and size <= (max_size_mb or math.inf) * MEGABYTE
-    return MapScore(given.to_dict(), perplexity, size, job.tokens, kept)
+    calibrated_on = None if calibration is None else str(calibration)
+    return MapScore(given.to_dict(), perplexity, size, job.tokens, kept, calibrated_on)
+
+
+def _calibration(data: str | os.PathLike[str] | None, tokens: int, seed: int) -> CalibrationSource | None:
+    return None if data is None else CalibrationSource(data, tokens, seed)
 
 
 def _ends(embedding: Mode, head: Mode | None) -> BitMap:
@@ -279,6 +217,7 @@ class _Job:
         threads: int | None,
         output: str | os.PathLike[str] | None,
         progress: Progress | None,
+        calibration: CalibrationSource | None,
     ) -> None:
         threads = threads or _core.parallel.default_threads()
         check_options("ls", scale, group_size, threads)
@@ -288,6 +227,8 @@ class _Job:
             raise ValueError(f"[search] modes are at least two of {', '.join(MODES)}, got {', '.join(modes)}")
         if tokens is not None and tokens < 1:
             raise ValueError(f"[search] tokens is at least 1, got {tokens}")
+        if calibration is not None:
+            calibration.check("search", scale)
         checkpoint = Checkpoint.open(source)
         where = str(Path(source) / "config.json")
         architecture = read_architecture(checkpoint.config, where=where)
@@ -298,24 +239,29 @@ class _Job:
         tokenizer = Tokenizer.from_folder(Path(source))
         if tokenizer is None:
             raise ValueError(f"[search] '{source}' must hold a tokenizer, got none: put its files there")
-        text = read_text(data)
-        windows = cut_documents(tokenizer, text, min(2048, architecture.spec.context_length), tokens=tokens)
-        self.tokens = sum(len(window.ids) - window.first for window in windows)
         self.space = MapSpace(mapped, [mode for mode in MODES if mode in modes], ends, by_linear=by == "linear")
         self.exhaustive = len(self.space.modes) ** len(self.space.units) <= _MOST_EXHAUSTIVE
-        # As `convert` writes the folder.
-        activations: Activations = "int8" if architecture.family == "bitnet" else "int16"
-        live = LiveModel(self.space, ends, activations=activations, threads=threads)
+        text, maps = read_text(data), None
+        if calibration is not None:
+            maps = CalibratedMaps(Path(source), calibration, ends, self.space, threads=threads)
+            text = maps.text_apart(text)
+        windows = cut_documents(tokenizer, text, min(2048, architecture.spec.context_length), tokens=tokens)
+        self.tokens = sum(len(window.ids) - window.first for window in windows)
+        # As `convert`, or `calibrate`, writes the folder.
+        activations: Activations = "float" if maps else "int8" if architecture.family == "bitnet" else "int16"
+        live = maps or LiveModel(self.space, ends, activations=activations, threads=threads)
         self._measure: Callable[[Choice], float] = lambda choice: live.nll(choice, windows)
         self._progress = progress
         self._done = self._expected = 0
-        key = {
+        key: dict[str, Any] = {
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files],
             "config": checkpoint.config,
             "text": hashlib.sha256(text.encode()).hexdigest(),
             "tokens": tokens,
             "maps": [self.space.modes, by, ends.embedding, ends.head, scale, group_size, activations],
         }
+        if calibration is not None and maps is not None:
+            key["calibration"] = [maps.drawn.sha256, calibration.tokens, calibration.seed]
         self.memory = MeasuredMaps(None if output is None else measured_file(output), key)
 
     def nll(self, choice: Choice, what: str = "") -> float:

@@ -15,9 +15,9 @@ from typing import Any
 
 from ternaryforge import _core
 from ternaryforge.bit_map import BitMap, read_bit_map
-from ternaryforge.calibration_blocks import Targets
+from ternaryforge.calibration_blocks import DEFAULT_TARGETS, Targets
 from ternaryforge.calibration_keeping import KeptLayers
-from ternaryforge.calibration_linear import METHODS, LinearOptions, Method, Planes
+from ternaryforge.calibration_linear import DAMPING, DESCENT_ROUNDS, METHODS, LinearOptions, Method, Planes
 from ternaryforge.calibration_run import CalibratedLayer, CalibrationRun
 from ternaryforge.calibration_text import check_apart, read_text
 from ternaryforge.calibration_tuning import check_packages
@@ -28,8 +28,6 @@ from ternaryforge.report import Report
 from ternaryforge.rounding import check_options
 
 Progress = Callable[[int, int, str], None]
-
-_DAMPING = 0.01  # of the mean second moment, added to all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,9 @@ def calibrate(
     bit_map: BitMap | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     tokens: int = 32_768,
     evaluation: str | os.PathLike[str] | None = None,
-    propagation: float = 0.5,
-    residual: float = 0.75,
-    descent_rounds: int = 4,
+    propagation: float = DEFAULT_TARGETS.propagation,
+    residual: float = DEFAULT_TARGETS.residual,
+    descent_rounds: int = DESCENT_ROUNDS,
     tune_tokens: int = 0,
     seed: int = 0,
     threads: int | None = None,
@@ -144,7 +142,7 @@ def calibrate(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"[calibrate] '{out}': there is something already; remove it or name another folder")
     with PeakAnonymous() as memory:
-        options = LinearOptions(method, scale, group_size, _DAMPING, descent_rounds, threads, planes)
+        options = LinearOptions(method, scale, group_size, DAMPING, descent_rounds, threads, planes)
         if bit_map is None:
             run = CalibrationRun(source, options, targets)
         else:

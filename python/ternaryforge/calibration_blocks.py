@@ -40,6 +40,10 @@ class Targets:
                 raise ValueError(f"[calibrate] {name} lies between 0 and 1, got {share}")
 
 
+DEFAULT_TARGETS = Targets(propagation=0.5, residual=0.75)
+"""Those of method best; docs/guide/quantization.md says how they were chosen."""
+
+
 class BlockWalk:
     """The two models, and the residual streams of every sequence in front of layer `layer`."""
 
@@ -60,10 +64,14 @@ class BlockWalk:
 
     def advance(self) -> None:
         """Goes on behind the layer, with the weights that it has now."""
-        for i, (exact, stream) in enumerate(zip(self._exact, self._streams, strict=True)):
-            self._exact[i] = self.reference.forward_block(self.layer, exact)[0]
+        for i, stream in enumerate(self._streams):
             self._streams[i] = self.quantized.forward_block(self.layer, stream)[0]
+        self._advance_exact()
         self.layer += 1
+
+    def _advance_exact(self) -> None:
+        for i, exact in enumerate(self._exact):
+            self._exact[i] = self.reference.forward_block(self.layer, exact)[0]
 
     def moments(
         self, tap: Tap, targets: Targets, output_weights: tuple[Float32, Float32] | None
@@ -94,8 +102,10 @@ class BlockWalk:
                     change = seen_exact["output"] @ weights.T - seen["output"] @ quantized.T
                     error += np.float32(layer.residual_scale) * change
                 self._add(stream_error, error / np.float32(layer.residual_scale), x)
-        shares = [None if sums is None else sums / self._tokens for sums in (shift, stream_error)]
-        return moments / self._tokens, shares[0], shares[1]
+        for sums in (moments, shift, stream_error):
+            if sums is not None:
+                np.divide(sums, self._tokens, out=sums)  # in place: the largest arrays of all
+        return moments, shift, stream_error
 
     def _inputs(self, tap: Tap) -> Iterator[tuple[Float32, Float32, Mapping[str, Float32], Mapping[str, Float32]]]:
         taps: tuple[Tap, ...] = ("output", "down") if tap == "down" else (tap,)
@@ -107,7 +117,48 @@ class BlockWalk:
         _core.quant.sum_moments(a, b, sums, threads=self._threads)
 
 
+class ReturningWalk(BlockWalk):
+    """A walk that can go back: the exact residual streams in front of all layers that it has seen are kept."""
+
+    def __init__(
+        self,
+        reference: _core.model.Transformer,
+        quantized: _core.model.Transformer,
+        sequences: Sequence[NDArray[np.int32]],
+        threads: int,
+    ) -> None:
+        super().__init__(reference, quantized, sequences, threads)
+        self._all_exact = [tuple(self._exact)]
+
+    @property
+    def streams(self) -> tuple[Float32, ...]:
+        """The quantised model's, of every sequence, where the walk stands."""
+        return tuple(self._streams)
+
+    def exact_streams(self, layer: int) -> tuple[Float32, ...]:
+        """The reference's, in front of a layer."""
+        while len(self._all_exact) <= layer:
+            last = len(self._all_exact) - 1
+            self._all_exact.append(
+                tuple(self.reference.forward_block(last, exact)[0] for exact in self._all_exact[last])
+            )
+        return self._all_exact[layer]
+
+    def go_to(self, layer: int, streams: Sequence[Float32]) -> None:
+        """Stands in front of a layer, with the quantised model's streams there."""
+        self.layer = layer
+        self._exact = list(self.exact_streams(layer))
+        self._streams = list(streams)
+
+    def _advance_exact(self) -> None:
+        self._exact = list(self.exact_streams(self.layer + 1))
+
+
 Quantized = TypeVar("Quantized")
+
+
+def _keep_none(_: str) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +167,15 @@ class BlockEditor(Generic[Quantized]):
 
     `read` gives the weights of a slot; `quantize` makes something of them, of the second moments of the
     input and of what the output lacks (see `quantize_linear`); `replace` puts that into the model and gives
-    its values; `progress` is called with every slot that is done.
+    its values; `progress` is called with every slot that is done. `keep` gives what a slot becomes whatever
+    its input is, None where that matters.
     """
 
     read: Callable[[str], Float32]
     quantize: Callable[[str, Float32, Float64, Float64 | None], Quantized]
     replace: Callable[[str, Quantized], Float32]
     progress: Callable[[str], None]
+    keep: Callable[[str], Quantized | None] = _keep_none
 
 
 def calibrate_block(walk: BlockWalk, editor: BlockEditor[Quantized], targets: Targets) -> dict[str, Quantized]:
@@ -134,16 +187,21 @@ def calibrate_block(walk: BlockWalk, editor: BlockEditor[Quantized], targets: Ta
     done: dict[str, Quantized] = {}
     output_weights: tuple[Float32, Float32] | None = None
     for tap, names in STAGES:
+        slots = [prefix + name for name in names if name != "gate" or walk.reference.spec.layers[walk.layer].gated]
+        kept = {slot: editor.keep(slot) for slot in slots}
+        moments, lacking = np.empty((0, 0)), dict[str, Float64 | None]()
         try:
-            moments, shift, stream_error = walk.moments(tap, targets, output_weights if tap == "down" else None)
-            for slot in (prefix + name for name in names):
-                if slot.endswith(".gate") and not walk.reference.spec.layers[walk.layer].gated:
-                    continue
-                weights = editor.read(slot)
-                lacking = None if shift is None else targets.propagation * (weights @ shift)
-                if stream_error is not None:
-                    lacking = targets.residual * stream_error + (0 if lacking is None else lacking)
-                done[slot] = editor.quantize(slot, weights, moments, lacking)
+            if None in kept.values():
+                moments, shift, stream_error = walk.moments(tap, targets, output_weights if tap == "down" else None)
+                lacking = {
+                    slot: _lacking(editor.read(slot), shift, stream_error, targets)
+                    for slot in slots
+                    if kept[slot] is None
+                }
+                del shift, stream_error
+            for slot in slots:
+                weights, known = editor.read(slot), kept[slot]
+                done[slot] = editor.quantize(slot, weights, moments, lacking.pop(slot)) if known is None else known
                 values = editor.replace(slot, done[slot])
                 if tap == "output":
                     output_weights = weights, values
@@ -151,3 +209,11 @@ def calibrate_block(walk: BlockWalk, editor: BlockEditor[Quantized], targets: Ta
         except ValueError as error:
             raise ValueError(f"[calibrate] the input of '{prefix}{names[0]}': {error}") from None
     return done
+
+
+def _lacking(weights: Float32, shift: Float64 | None, stream_error: Float64 | None, targets: Targets) -> Float64 | None:
+    """What the output of a layer lacks, times its input; None for nothing."""
+    lacking = None if shift is None else targets.propagation * (weights @ shift)
+    if stream_error is not None:
+        return targets.residual * stream_error + (0 if lacking is None else lacking)
+    return lacking

@@ -7,6 +7,7 @@ calibrator of the core; docs/guide/quantization.md has the formulas.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -21,6 +22,10 @@ Planes = Literal[1, 2]
 METHODS: tuple[Method, ...] = ("grid", "fit", "gptq", "best")
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
+
+DAMPING = 0.01
+"""The share of the mean second moment that is added to all of them."""
+DESCENT_ROUNDS = 4
 
 _ROWS_AT_ONCE = 512  # so that Ctrl-C is heard between two calls
 _TENSOR_ROUNDS = 3
@@ -62,25 +67,28 @@ def quantize_linear(
 ) -> QuantizedLinear:
     """Quantises `weights` [rows, cols] for inputs of second moments `moments` [cols, cols].
 
-    `lacking` [rows, cols] holds E[(wanted - W x) x^T], None for nothing. Raises ValueError for an
-    input that is zero for the whole text.
+    `lacking` [rows, cols] holds E[(wanted - W x) x^T], None for nothing. `moments` are changed in place
+    meanwhile, and as before at the end. Beside what is given this takes the memory of little more than
+    two arrays of their size. Raises ValueError for an input that is zero for the whole text.
     """
-    target, damped = fit_target(weights, moments, lacking, options.damping)
     feedback = options.method in ("gptq", "best")
-    factor = _factor(damped) if feedback else None
-    importance = np.ascontiguousarray(np.diag(damped))
-    if options.scale == "tensor":
-        trits, scales = _quantize_tensor(target, damped, factor, importance, options)
-    else:
-        trits, scales = _round(target, factor, importance, options)
-        if options.method == "best":
-            _descend(target, damped, trits, scales, options)
-    plain = round_plainly(weights, options)
-    energy = _energy(target, moments)
+    with damped(moments, options.damping):
+        factor = moment_factor(moments) if feedback or lacking is not None else None
+        target = fit_target(weights, factor, lacking, options.threads)
+        factor = factor if feedback else None
+        importance = np.diag(moments).copy()
+        if options.scale == "tensor":
+            trits, scales = _quantize_tensor(target, moments, factor, importance, options)
+        else:
+            trits, scales = _round(target, factor, importance, options)
+            del factor  # as large as the moments
+            if options.method == "best":
+                _descend(target, moments, trits, scales, options)
+    energy = energy_of(target, moments) or 1.0
     return QuantizedLinear(
         trits=trits,
         scales=scales,
-        error_before=_error(target, *plain, moments, options) / energy,
+        error_before=_error(target, *round_plainly(weights, options), moments, options) / energy,
         error_after=_error(target, trits, scales, moments, options) / energy,
         dead_channels=int(np.count_nonzero(np.diag(moments) == 0)),
     )
@@ -96,21 +104,39 @@ def round_plainly(weights: Float32, options: LinearOptions) -> tuple[NDArray[np.
     )
 
 
-def fit_target(weights: Float32, moments: Float64, lacking: Float64 | None, damping: float) -> tuple[Float64, Float64]:
-    """The weights that fit best, and the damped moments; see `quantize_linear`."""
-    mean = float(np.diag(moments).mean())
+@contextmanager
+def damped(moments: Float64, share: float) -> Iterator[None]:
+    """Second moments with a share of the mean second moment added to all of them, in place, within the block.
+
+    Raises ValueError where all are zero.
+    """
+    diagonal = np.diag(moments).copy()
+    mean = float(diagonal.mean())
     if mean <= 0:
         raise ValueError("[calibrate] the input must not be zero for the whole calibration text, got only zeros")
-    damped = moments + damping * mean * np.eye(weights.shape[1])
-    target = weights.astype(np.float64)
-    if lacking is not None:
-        target += np.linalg.solve(damped, lacking.T).T
-    return np.ascontiguousarray(target), damped
+    np.fill_diagonal(moments, diagonal + share * mean)
+    try:
+        yield
+    finally:
+        np.fill_diagonal(moments, diagonal)
 
 
-def _factor(moments: Float64) -> Float64:
+def moment_factor(moments: Float64) -> Float64:
     """R, upper triangular, with R R^T = moments."""
     return np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1])
+
+
+def fit_target(weights: Float32, factor: Float64 | None, lacking: Float64 | None, threads: int) -> Float64:
+    """The weights that fit best; see `quantize_linear`. `factor`: that of the moments, needed with `lacking`."""
+    target = weights.astype(np.float64)
+    if lacking is not None and factor is not None:
+        _core.quant.add_correction(target, np.ascontiguousarray(lacking), factor, threads=threads)
+    return target
+
+
+def energy_of(weights: Float64, moments: Float64) -> float:
+    """tr(W H W^T)."""
+    return sum(float(((weights[part] @ moments) * weights[part]).sum()) for part in _parts(len(weights)))
 
 
 def _parts(rows: int) -> Iterator[slice]:
@@ -183,14 +209,14 @@ def storable_scale(scale: float) -> Float32:
     return _core.quant.quantize_weights(one, scheme="absmax", scale="tensor")[1]
 
 
-def _energy(weights: Float64, moments: Float64) -> float:
-    return float(((weights @ moments) * weights).sum()) or 1.0
-
-
 def _error(
     target: Float64, trits: NDArray[np.int8], scales: Float32, moments: Float64, options: LinearOptions
 ) -> float:
     rows, cols = trits.shape
     wide = scales.astype(np.float64).reshape(1 if options.scale == "tensor" else rows, -1)
-    rest = target - trits * np.repeat(wide, options.run_cols(cols), axis=1)[:, :cols]
-    return float(((rest @ moments) * rest).sum())
+    error = 0.0
+    for part in _parts(rows):
+        own = wide if options.scale == "tensor" else wide[part]
+        rest = target[part] - trits[part] * np.repeat(own, options.run_cols(cols), axis=1)[:, :cols]
+        error += float(((rest @ moments) * rest).sum())
+    return error

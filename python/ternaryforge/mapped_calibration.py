@@ -12,7 +12,17 @@ from ternaryforge import _core
 from ternaryforge.bit_map import BitMap, Mode
 from ternaryforge.calibration_blocks import Targets
 from ternaryforge.calibration_keeping import KeptLayers
-from ternaryforge.calibration_linear import Float32, Float64, LinearOptions, Planes, fit_target, quantize_linear
+from ternaryforge.calibration_linear import (
+    Float32,
+    Float64,
+    LinearOptions,
+    Planes,
+    damped,
+    energy_of,
+    fit_target,
+    moment_factor,
+    quantize_linear,
+)
 from ternaryforge.calibration_run import CalibrationRun
 from ternaryforge.calibration_text import CalibrationText
 from ternaryforge.mapped_checkpoint import MappedCheckpoint
@@ -94,7 +104,10 @@ class MappedCalibration(CalibrationRun):
         return encode(weights, self._mode(slot), self._mapped.options, dtype=info.dtype, where=where)
 
     def _quantize(self, slot: str, weights: Float32, moments: Float64, lacking: Float64 | None) -> EncodedLinear:
-        target, _ = fit_target(weights, moments, lacking, self._options.damping)
+        with damped(moments, self._options.damping):
+            factor = None if lacking is None else moment_factor(moments)
+        target = fit_target(weights, factor, lacking, self._options.threads)
+        del factor  # as large as the moments
         rounded = self._round(slot, weights)
         match self._mode(slot):
             case "ternary" | "two_plane" as mode:
@@ -105,13 +118,10 @@ class MappedCalibration(CalibrationRun):
                 made = rounded
             case _:
                 made = self._round(slot, np.ascontiguousarray(target, np.float32))
-        energy = float(((target @ moments) * target).sum()) or 1.0
-
-        def error(encoded: Encoded) -> float:
-            rest = target - encoded.values()
-            return float(((rest @ moments) * rest).sum()) / energy
-
-        return EncodedLinear(made, error(rounded), error(made), int(np.count_nonzero(np.diag(moments) == 0)))
+        errors = [energy_of(target - encoded.values(), moments) for encoded in (rounded, made)]
+        energy = energy_of(target, moments) or 1.0
+        dead = int(np.count_nonzero(np.diag(moments) == 0))
+        return EncodedLinear(made, errors[0] / energy, errors[1] / energy, dead)
 
     def _replace(self, slot: str, linear: EncodedLinear) -> Float32:
         self.quantized.replace_linear(slot, linear.encoded.packed())

@@ -88,6 +88,20 @@ def gptq(target: Float64, moments: Float64, importance: Float64, group: int, pla
     return trits, scales
 
 
+def on_every_target(run: Any) -> list[Any]:
+    """What a function of a number of threads gives on every target."""
+    found = []
+    previous = _core.simd.active_target()
+    try:
+        for name, threads in itertools.product(_core.simd.supported_targets(), (1, 3)):
+            _core.simd.use_target(name)
+            assert _core.simd.active_target() == name
+            found.append(run(threads))
+    finally:
+        _core.simd.use_target(previous)
+    return found
+
+
 @pytest.mark.parametrize(("tokens", "cols", "cols_b"), [(1, 1, 3), (5, 16, 17), (600, 37, 20), (257, 64, 130)])
 def test_moments_equal_numpy_on_every_target(target: str, tokens: int, cols: int, cols_b: int) -> None:
     random = np.random.default_rng(tokens)
@@ -107,17 +121,46 @@ def test_moments_equal_numpy_on_every_target(target: str, tokens: int, cols: int
 def test_moments_are_the_same_bits_for_targets_and_threads() -> None:
     """Products of floats are exact in double, so that fused or not makes no difference."""
     x = np.random.default_rng(2).normal(size=(300, 70)).astype(np.float32)
-    found = []
-    previous = _core.simd.active_target()
-    try:
-        for name, threads in itertools.product(_core.simd.supported_targets(), (1, 3)):
-            _core.simd.use_target(name)
-            sums = np.zeros((70, 70))
-            _core.quant.sum_moments(x, None, sums, threads=threads)
-            found.append(sums)
-    finally:
-        _core.simd.use_target(previous)
+
+    def run(threads: int) -> Float64:
+        sums = np.zeros((70, 70))
+        _core.quant.sum_moments(x, None, sums, threads=threads)
+        return sums
+
+    found = on_every_target(run)
     assert all(np.array_equal(sums, found[0]) for sums in found)
+
+
+@pytest.mark.parametrize(("rows", "cols", "group"), [(35, 333, 64), (33, 150, 0), (5, 7, 64)])
+def test_rounding_is_the_same_bits_for_targets_and_threads(rows: int, cols: int, group: int) -> None:
+    """Odd sizes: tiles of rows, blocks of columns and the four of them in registers are all ragged."""
+    random = np.random.default_rng(cols)
+    target, moments = random.normal(size=(rows, cols)), make_moments(random, cols)
+    factor, lacking = factor_of(moments), random.normal(size=(rows, cols))
+    options: dict[str, Any] = {"scale": "group" if group else "row", "group_size": group or 64}
+
+    def run(threads: int) -> tuple[Any, ...]:
+        better = target.copy()
+        _core.quant.add_correction(better, lacking, factor, threads=threads)
+        trits, scales = _core.quant.round_with_feedback(
+            better, factor, np.diag(moments).copy(), rule="fit", threads=threads, **options
+        )
+        first = trits.copy()
+        _core.quant.descend(better, moments, trits, scales, rounds=3, threads=threads, **options)
+        return better, first, trits, scales
+
+    found = on_every_target(run)
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 20), (37, 300)])
+def test_correction_is_the_solution(target: str, rows: int, cols: int) -> None:
+    random = np.random.default_rng(rows)
+    moments, weights, lacking = make_moments(random, cols), random.normal(size=(rows, cols)), np.ones((rows, cols))
+    found = weights.copy()
+    _core.quant.add_correction(found, lacking, factor_of(moments), threads=2)
+    np.testing.assert_allclose(found, weights + np.linalg.solve(moments, lacking.T).T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("planes", [1, 2])
@@ -289,6 +332,10 @@ def test_refusals() -> None:
         rounding(ok * np.nan, None, one, **options)
     with pytest.raises(ValueError, match="positive diagonal"):
         rounding(ok, np.zeros((64, 64)), one, **options)
+    with pytest.raises(ValueError, match="positive diagonal"):
+        _core.quant.add_correction(ok.copy(), ok, np.zeros((64, 64)))
+    with pytest.raises(ValueError, match="sizes do not match 4 x 64"):
+        _core.quant.add_correction(ok.copy(), np.ones((4, 63)), np.eye(64))
     with pytest.raises(ValueError, match="above 65504"):
         rounding(ok * 1e6, None, one, **options)
     with pytest.raises(ValueError, match="positive diagonal, got 0 in column 0"):

@@ -27,6 +27,14 @@ class By(StrEnum):
     LINEAR = "linear"
 
 
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", metavar="FILE", help="Measure layers as calibrate makes them of it.")
+]
+CalibrationTokensOption = Annotated[
+    int, typer.Option("--calibration-tokens", min=1, help="Tokens that are drawn for that.")
+]
+
+
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, org/name, or 'demo'.")],
     *,
@@ -37,6 +45,8 @@ def command(
     group_size: GroupSizeOption = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Documents are taken until so many tokens are scored.")] = 8192,
     plot: Annotated[Path | None, typer.Option(help="Also draw the figure into this file (.svg, .png).")] = None,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = 4096,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -44,7 +54,6 @@ def command(
     """Measure which layers tolerate fewer bits, and show their zeros and scales."""
     from ternaryforge.analysis import analyze
 
-    del seed  # nothing here is random
     with progress_bar("Analyzing") as progress:
         report = analyze(
             model,
@@ -54,6 +63,9 @@ def command(
             scale=scale.value,
             group_size=group_size,
             tokens=tokens,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            seed=seed,
             threads=threads,
             progress=progress,
         )

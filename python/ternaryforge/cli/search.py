@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ternaryforge.cli.analyze import By
+from ternaryforge.cli.analyze import By, CalibrationOption, CalibrationTokensOption
 from ternaryforge.cli.output import (
     MISSED,
     GroupSizeOption,
@@ -40,6 +40,8 @@ def command(
     scale: ScaleOption = Scale.GROUP,
     group_size: GroupSizeOption = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Documents are taken until so many tokens are scored.")] = 16_384,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = 4096,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -48,13 +50,15 @@ def command(
     from ternaryforge.bit_map_search import score as score_map
     from ternaryforge.bit_map_search import search
 
-    del seed  # nothing here is random
     options: dict[str, Any] = {
         "max_perplexity": max_perplexity,
         "max_size_mb": max_size_mb,
         "scale": scale.value,
         "group_size": group_size,
         "tokens": tokens,
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "seed": seed,
         "threads": threads,
     }
     if score is not None:
@@ -90,6 +94,8 @@ def command(
             "layers": "\n".join(f"{i}: {mode}" for i, mode in enumerate(result.layer_bit_map["layer_modes"])),
             "file": f"{result.size_bytes:,} bytes",
             "perplexity": f"{result.perplexity:.4f} on {result.tokens:,} tokens",
-            "measured": f"{len(result.measured)} maps" + (", which are all" if result.exhaustive else ""),
+            "measured": f"{len(result.measured)} maps"
+            + (", which are all" if result.exhaustive else "")
+            + (", rounded" if calibration is None else ", calibrated"),
         }
     )
