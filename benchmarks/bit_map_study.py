@@ -3,9 +3,9 @@
 
     python benchmarks/bit_map_study.py MODEL --train train.txt --text valid.txt --output study.json --plot study.svg
 
-Maps are searched on the start of the training text, by rounding; every point is a folder that `convert`
-or `calibrate` writes with the map, evaluated by protocol documents. The
-output is written after every point, and points that it holds are not run again.
+Maps are searched on the training text, with layers as rounding or as calibration makes them; every point is a
+folder that `convert` or `calibrate` writes with the map, evaluated by protocol documents. The output is written
+after every point, and points that it holds are not run again.
 """
 
 import argparse
@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import ternaryforge as tf
-from ternaryforge.bit_map import BitMap, Mode, sandwich
+from ternaryforge.bit_map import MODES, BitMap, Mode, sandwich
 
-COLOURS = {"fixed": "#3b6ea5", "searched, by layer": "#d98032", "searched, by linear layer": "#5d9b61"}
+SEARCHES = {"rounded": "searched by rounding", "calibrated": "searched as calibrated"}
+COLOURS = {
+    "fixed": "#3b6ea5",
+    "searched by rounding": "#d98032",
+    "searched as calibrated": "#5d9b61",
+}
 
 
 def fixed_maps(layers: int) -> dict[str, BitMap]:
@@ -116,8 +121,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, help="first ones of the text that are evaluated; default: all")
     parser.add_argument("--megabytes", type=float, nargs="+", required=True, help="limits of the searches")
     parser.add_argument("--embedding", default="int8")
+    parser.add_argument("--fixed", nargs="+", help="the maps without search; default: all")
     parser.add_argument("--how", nargs="+", choices=("rounded", "calibrated"), default=["rounded", "calibrated"])
-    parser.add_argument("--by", nargs="+", choices=("layer", "linear"), default=["layer", "linear"])
+    parser.add_argument("--by", choices=("layer", "linear"), default="layer", help="what has a mode of its own")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), help="those that are searched")
+    parser.add_argument("--search", nargs="+", choices=tuple(SEARCHES), default=list(SEARCHES))
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="drawn for a measurement of the search")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     document = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"points": []}
@@ -127,6 +136,8 @@ def main() -> None:
         "text": arguments.text.name,
         "documents": arguments.documents,
         "search_tokens": arguments.tokens,
+        "search_calibration_tokens": arguments.calibration_tokens,
+        "search_modes": arguments.modes,
     }
     points = document["points"]
     config = json.loads((arguments.model / "config.json").read_text())
@@ -141,25 +152,28 @@ def main() -> None:
             print(kind, name, how, found["size_bytes"], f"{found['perplexity']:.3f}", flush=True)
 
     for name, bit_map in fixed_maps(config["num_hidden_layers"]).items():
-        add("fixed", name, bit_map)
+        if arguments.fixed is None or name in arguments.fixed:
+            add("fixed", name, bit_map)
     embedding: Mode = arguments.embedding
-    for by, kind in (("layer", "searched, by layer"), ("linear", "searched, by linear layer")):
-        if by not in arguments.by:
-            continue
+    for way in arguments.search:
         for limit in arguments.megabytes:
             result = tf.search(
                 arguments.model,
                 arguments.train,
                 max_size_mb=limit,
-                output=arguments.output.with_name(f"{arguments.model.parent.name}-{by}.json"),
-                by=by,  # type: ignore[arg-type]
+                output=arguments.output.with_name(f"{arguments.model.parent.name}-{arguments.by}-{way}.json"),
+                by=arguments.by,
+                modes=arguments.modes,
                 embedding=embedding,
                 scale="group",
                 group_size=arguments.group_size,
                 tokens=arguments.tokens,
+                calibration=arguments.train if way == "calibrated" else None,
+                calibration_tokens=arguments.calibration_tokens,
                 threads=arguments.threads,
             )
-            add(kind, f"{limit:g} MB", result.bit_map, search_perplexity=result.perplexity)
+            facts = {"search_perplexity": result.perplexity, "exhaustive": result.exhaustive}
+            add(SEARCHES[way], f"{limit:g} MB", result.bit_map, **facts)
     print(table(points))
     if arguments.plot is not None:
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,6 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     refused(r"no map has at most 100 bytes", max_size_mb=0.0001)
     with pytest.raises(ValueError, match=r"\[analyze\] calibration goes with"):
         tf.analyze(folder / "source", folder / "data.txt", scale="tensor", calibration=short)
+    tf.convert(folder / "source", tmp_path / "ternary", scale="row")
     with pytest.raises(tf.FormatError, match="quantised already"):
-        tf.convert(folder / "source", tmp_path / "ternary", scale="row")
         tf.analyze(tmp_path / "ternary", folder / "data.txt", scale="row", calibration=folder / "train.txt")
