@@ -2,6 +2,7 @@
 """Calibration from folder to folder: what it is worth, that it goes on where it was stopped, and what it refuses."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path, source: Path, data: Path) 
     def stop(done: int, total: int, name: str) -> None:
         assert total == 14
         if name.startswith("layers.1.output"):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     whole = tf.calibrate(source, tmp_path / "whole", data, tokens=500)
     with pytest.raises(KeyboardInterrupt):
@@ -203,6 +204,7 @@ def test_activations_that_are_not_finite(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.down'.*activations must be finite"):
         tf.calibrate(source, tmp_path / "out", data, tokens=500, method="gptq")
     assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in (tmp_path / ".out.calibration").iterdir()) == ["key.json", "layer-00000.npz"]
 
 
 def test_refusals(tmp_path: Path, source: Path, data: Path) -> None:
