@@ -3,6 +3,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +261,33 @@ def test_importing_twice_and_switching_twice_is_harmless() -> None:
             assert mapping["bitnet"] is not stock
         assert mapping["bitnet"] is not stock
     assert mapping["bitnet"] is stock
+
+
+def test_importing_changes_one_table_and_nothing_else() -> None:
+    """In a process of its own, where transformers is loaded first; then once more, from new module objects."""
+    code = """
+import logging, os, sys, warnings
+import torch
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.quantizers import auto
+
+def state():
+    return (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist(),
+        list(warnings.filters), logging.getLogger().handlers, logging.getLogger().level, dict(os.environ), sys.path[:],
+        {name: kind for name, kind in auto.AUTO_QUANTIZER_MAPPING.items() if name != "ternaryforge"},
+        {name: kind for name, kind in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if name != "ternaryforge"},
+    )
+
+before = state()
+for _ in range(2):
+    for name in [name for name in sys.modules if name.split(".")[0] == "ternaryforge"]:
+        del sys.modules[name]
+    import ternaryforge.torch
+    import ternaryforge.hf
+    assert [a == b for a, b in zip(state(), before, strict=True)] == [True] * len(before)
+    assert "ternaryforge" in auto.AUTO_QUANTIZER_MAPPING
+print("unchanged")
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=240)
+    assert result.stdout == "unchanged\n", result.stderr

@@ -88,6 +88,28 @@ def test_warmup_weight_decay_and_monitor(tmp_path: Path) -> None:
         prepare_qat(other, QATConfig(quantizer="lsq"))
 
 
+def test_a_trainer_does_not_resume_another_training(tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    first = {"scale": "group", "group_size": 64, "activation_bits": None}
+    model = prepare_qat(small_model(), QATConfig(**first))
+    transformers.Trainer(model, arguments(tmp_path, **changes), train_dataset=texts()).train()
+    for config, callback in (
+        (QATConfig(**first | {"group_size": 128}), LambdaWarmupCallback(2)),
+        (QATConfig(**first | {"quantizer": "twn"}), TernaryMonitorCallback(2)),
+        (QATConfig(), WeightDecayAnnealCallback()),
+    ):
+        other = prepare_qat(small_model(), config)
+        trainer = transformers.Trainer(other, arguments(tmp_path), train_dataset=texts(), callbacks=[callback])
+        with pytest.raises(ValueError, match=r"checkpoint was made with .* resume with the configuration that it was"):
+            trainer.train(resume_from_checkpoint=True)
+    same = prepare_qat(small_model(), QATConfig(**first))
+    trainer = transformers.Trainer(
+        same, arguments(tmp_path), train_dataset=texts(), callbacks=[LambdaWarmupCallback(2), TernaryMonitorCallback(2)]
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+
+
 def test_annealing_and_residual(tmp_path: Path) -> None:
     model = prepare_qat(small_model(), QATConfig(quantizer="tanh", scale="row", residual=True, activation_bits=None))
     record = Record()

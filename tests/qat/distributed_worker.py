@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short training of a small model, alone or as one of two processes: RANK FOLDER on the command line."""
+"""A short training of a small model, alone or as one of two processes: RANK FOLDER ddp|fsdp2 on the command line."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from torch_setup import torch
 
 from ternaryforge.torch import QATConfig, prepare_qat
 
+DTensor = importlib.import_module("torch.distributed.tensor").DTensor
+fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
 nn = torch.nn
 
 
@@ -31,13 +34,29 @@ def train(model: torch.nn.Module, rank: int, world: int) -> None:
         optimizer.step()
 
 
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """Shards every layer over both processes; each is gathered before it runs."""
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def main() -> None:
     """Trains as one of two processes and saves the weights."""
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, how = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = small_model()
-    train(nn.parallel.DistributedDataParallel(model), rank, 2)
-    torch.save(model.state_dict(), folder / f"{rank}.pt")
+    if how == "fsdp2":
+        shard(model)
+        train(model, rank, 2)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        state = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    else:
+        train(nn.parallel.DistributedDataParallel(model), rank, 2)
+        state = model.state_dict()
+    torch.save(state, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

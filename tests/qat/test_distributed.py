@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes that share a batch (DDP over gloo) train the same weights as one process that sees it whole."""
+"""Two processes that share a batch (DDP, FSDP2; over gloo) train the same weights as one process that sees it whole."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import distributed_worker
+import pytest
 from torch_setup import torch
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(how: str, tmp_path: Path) -> None:
     command = [sys.executable, distributed_worker.__file__]
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen([*command, str(rank), str(tmp_path), how], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
     alone = distributed_worker.small_model()
     distributed_worker.train(alone, 0, 1)

@@ -2,7 +2,9 @@
 """`prepare_qat`: what it keeps, what it computes, and what it refuses."""
 
 import copy
+import importlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +251,22 @@ def test_a_shard_is_no_matrix() -> None:
     model.q_proj.weight.placements = ()  # what tells a DTensor
     with pytest.raises(ValueError, match="'q_proj' is sharded over devices: prepare the model first"):
         prepare_qat(model)
+
+
+def test_tensor_parallel_shards_are_refused_when_they_run(tmp_path: Path) -> None:
+    model = prepare_qat(block(), QATConfig(scale="tensor"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        tensor = importlib.import_module("torch.distributed.tensor")
+        shards = tensor.distribute_tensor(model.q_proj.weight.detach(), mesh, [tensor.Shard(0)])
+        model.q_proj.weight = nn.Parameter(shards)
+        with pytest.raises(
+            ValueError, match=r"a scale of a shard is not the scale of the matrix; .* not tensor parallel"
+        ):
+            model(IDS)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_stamps_say_what_the_latents_mean() -> None:

@@ -3,13 +3,16 @@
 
     Trainer(..., callbacks=[LambdaWarmupCallback(1000), TernaryMonitorCallback(every=100)])
 
-All follow `state.global_step`, so that a resumed run goes on where it was.
+All follow `state.global_step`, so that a resumed run goes on where it was, and each refuses to resume from a
+checkpoint that was trained in another way: the Trainer itself loads what fits and says nothing.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ternaryforge.checkpoint import read_json
 from ternaryforge.torch import (
     CodeMonitor,
     anneal_sharpness,
@@ -20,6 +23,7 @@ from ternaryforge.torch import (
     set_strength,
     warmup_strength,
 )
+from ternaryforge.torch.qat import check_resumed
 from ternaryforge.torch.schedules import Schedule
 
 
@@ -41,7 +45,21 @@ def _add(state: TrainerState, kwargs: dict[str, Any], figures: dict[str, float])
             logs.update(figures)
 
 
-class LambdaWarmupCallback(TrainerCallback):
+class _TernaryCallback(TrainerCallback):
+    """What all callbacks do: look at the checkpoint that a run goes on from."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises ValueError where the checkpoint of this step, in the usual place, has another configuration."""
+        stamp = getattr(getattr(kwargs["model"], "config", None), "quantization_config", None)
+        config = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / "config.json"
+        if state.global_step and stamp is not None and config.is_file():
+            stored = read_json(config).get("quantization_config") or {}
+            check_resumed(stored, stamp if isinstance(stamp, dict) else stamp.to_dict())
+
+
+class LambdaWarmupCallback(_TernaryCallback):
     """Blends from full precision to quantised over the first steps (an int, or a float: a share of the run).
 
     Logs `tf/lambda`. From the last step of the warm-up on the model is fully quantised.
@@ -74,7 +92,7 @@ class LambdaWarmupCallback(TrainerCallback):
         set_strength(kwargs["model"], None)
 
 
-class AnnealingCallback(TrainerCallback):
+class AnnealingCallback(_TernaryCallback):
     """Tanh annealing: sharpness 1 to 8 over a share of the run, then hard; clips latents after every step."""
 
     def __init__(self, anneal_steps: float = 0.3, *, first: float = 1.0, last: float = 8.0, clip: float = 1.2):
@@ -99,7 +117,7 @@ class AnnealingCallback(TrainerCallback):
         set_sharpness(kwargs["model"], None)
 
 
-class ResidualCallback(TrainerCallback):
+class ResidualCallback(_TernaryCallback):
     """The Arenas residual of a model prepared with `residual=True`: up over a tenth of its steps, then to 0."""
 
     def __init__(self, residual_steps: float = 0.8, *, peak: float = 1.0) -> None:
@@ -119,7 +137,7 @@ class ResidualCallback(TrainerCallback):
         set_residual(kwargs["model"], None)
 
 
-class WeightDecayAnnealCallback(TrainerCallback):
+class WeightDecayAnnealCallback(_TernaryCallback):
     """Ends weight decay after a share (float) or number (int) of steps, as BitNet's training tips say: half way."""
 
     def __init__(self, zero_at: float = 0.5) -> None:
@@ -134,7 +152,7 @@ class WeightDecayAnnealCallback(TrainerCallback):
                 group["weight_decay"] = 0.0
 
 
-class TernaryMonitorCallback(TrainerCallback):
+class TernaryMonitorCallback(_TernaryCallback):
     """Logs zero fraction and code flips, `tf/zeros/...` and `tf/flips/...`, every so many steps.
 
     `flips` is the share of codes that changed since the last look; `history` keeps all looks by step.
@@ -152,6 +170,7 @@ class TernaryMonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Looks at the codes before training."""
+        super().on_train_begin(args, state, control, **kwargs)
         self._monitor = CodeMonitor(kwargs["model"])
         self._monitor.look()
 

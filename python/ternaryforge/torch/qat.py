@@ -215,7 +215,9 @@ def prepare_qat(model: _Model, config: QATConfig | None = None) -> _Model:
         _check_layer(model, name, module)
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in targets]
     stamp = config.stamp(kept)
-    _check_resumed(model, stamp)
+    before = getattr(getattr(model, "config", None), "quantization_config", None)
+    if before is not None:
+        check_resumed(before if isinstance(before, dict) else before.to_dict(), stamp)
     normed = _match(config.sub_norm, targets, "sub_norm")
     quantizers = {name: _make_quantizer(name, module, config) for name, module in targets.items()}
     for name, module in targets.items():
@@ -296,12 +298,11 @@ def _check_layer(model: nn.Module, name: str, module: nn.Linear) -> None:
             )
 
 
-def _check_resumed(model: nn.Module, stamp: dict[str, Any]) -> None:
-    """Refuses latents that were trained in another way, and weights that are packed."""
-    before = getattr(getattr(model, "config", None), "quantization_config", None)
-    if before is None:
-        return
-    fields: dict[str, Any] = before if isinstance(before, dict) else before.to_dict()
+def check_resumed(fields: dict[str, Any], stamp: dict[str, Any]) -> None:
+    """Refuses latents that were trained in another way, and weights that are packed: ValueError.
+
+    `fields` is the `quantization_config` of what is resumed, `stamp` what it should be.
+    """
     for name in [*stamp, *(name for name in ("group_size", "options", "sub_norm") if name not in stamp)]:
         value, stored = stamp.get(name), fields.get(name)
         stored = getattr(stored, "value", stored)  # transformers keeps an enumeration
