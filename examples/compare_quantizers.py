@@ -148,6 +148,8 @@ def perplexity(model: Any, windows: list[tuple[list[int], int]]) -> float:
 
 def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: float) -> tuple[Any, float]:
     """The trained model and seconds of processor time, which other work on the machine does not lengthen."""
+    if method.blockwise:
+        return train_by_blocks(copy.deepcopy(teacher), method, data, steps, lr)
     student = copy.deepcopy(teacher).requires_grad_(True)
     model = prepare_qat(student, QATConfig(**method.config)).train()
     attach_extras(model)
@@ -250,10 +252,7 @@ def main() -> None:
             if any(all(run.get(k) == v for k, v in key.items()) for run in done):
                 continue
             data = batches(stream, args.batch, args.length, seed)
-            method = METHODS[name]
-            model, seconds = (train_by_blocks if method.blockwise else train)(
-                teacher, method, data, args.steps, args.lr
-            )
+            model, seconds = train(teacher, METHODS[name], data, args.steps, args.lr)
             tokens = args.steps * args.batch * args.length
             result = {**key, "tokens": tokens, "seconds": round(seconds, 1)}
             result["perplexity"] = round(perplexity(model, windows), 4)

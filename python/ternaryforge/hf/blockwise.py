@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-wise training of a checkpoint folder, of which one block at a time is in memory.
+"""Block-wise training of a checkpoint folder, of which one block at a time is in memory (at the start, embeddings too).
 
     train_blockwise("dense", "master", ids, QATConfig(quantizer="lsq", scale="group", activation_bits=None))
     export_bitnet("master", "ternary", linear_class="ternaryforge")
@@ -127,7 +127,8 @@ class _FolderBlocks:
             return self.checkpoint.read_float32(name.replace(f"{self.prefix}.0.", f"{self.prefix}.{index}.", 1))
 
         fill(model, read)
-        hidden, self._arguments[kind] = capture_inputs(model, blocks[0], ids)
+        file = self.work / "start.npy" if index == 0 else None
+        hidden, self._arguments[kind] = capture_inputs(model, blocks[0], ids, file=file)
         self._blocks[kind] = blocks[0]
         return hidden
 

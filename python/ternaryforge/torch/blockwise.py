@@ -133,11 +133,14 @@ class _Reached(BaseException):
 
 
 @torch.no_grad()
-def capture_inputs(model: nn.Module, block: nn.Module, ids: NDArray[Any]) -> tuple[Float32, dict[str, Any]]:
+def capture_inputs(
+    model: nn.Module, block: nn.Module, ids: NDArray[Any], *, file: str | os.PathLike[str] | None = None
+) -> tuple[Float32, dict[str, Any]]:
     """Hidden states [sequences, length, width] and arguments with which `model` calls its first `block`.
 
     `ids` [sequences, length] are whole sequences without padding: the arguments are those of a single one, and serve
-    batches of any size. The model is called as `model(ids, use_cache=False)`.
+    batches of any size. The model is called as `model(ids, use_cache=False)`. With a `file` (.npy) the states lie
+    there instead of in memory.
     """
     found: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -147,18 +150,24 @@ def capture_inputs(model: nn.Module, block: nn.Module, ids: NDArray[Any]) -> tup
         found.append((hidden, rest))
         raise _Reached
 
+    states: Float32 = np.empty(0, np.float32)
+    arguments: dict[str, Any] = {}
     hook = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        for row in ids:
+        for i, row in enumerate(ids):
             try:
                 model(torch.from_numpy(np.asarray(row, np.int64))[None].to(_device(model)), use_cache=False)
             except _Reached:
-                continue
-            raise ValueError("[blockwise] the model does not call the block that was given as its first")
+                hidden, arguments = found.pop()
+            else:
+                raise ValueError("[blockwise] the model does not call the block that was given as its first")
+            if i == 0:
+                shape = (len(ids), *hidden.shape[1:])
+                states = np.empty(shape, np.float32) if file is None else _new_file(Path(file), shape)
+            states[i] = hidden[0].float().cpu().numpy()
     finally:
         hook.remove()
-    hidden = np.concatenate([states.float().cpu().numpy() for states, _ in found])
-    return hidden, found[0][1]
+    return states, arguments
 
 
 def train_blocks(
@@ -275,7 +284,7 @@ class _Run:
         """Room for the outputs of the blocks up to `index`."""
         if self.folder is None:
             return np.empty(self._shape, np.float32)
-        return open_memmap(self._file(name, index), "w+", np.float32, self._shape)
+        return _new_file(self._file(name, index), self._shape)
 
     def finish(self, index: int, error: BlockError, exact: Float32, quantized: Float32) -> None:
         """Takes a block as done; the record is written last, so that it never promises too much."""
@@ -298,6 +307,10 @@ class _Run:
 
 
 _SIDES = ("exact", "quantized")
+
+
+def _new_file(file: Path, shape: tuple[int, ...]) -> Float32:
+    return open_memmap(file, "w+", np.float32, shape)
 
 
 @torch.no_grad()
