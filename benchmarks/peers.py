@@ -75,7 +75,10 @@ class Engine:
         raise NotImplementedError
 
     def prepare(self, options: argparse.Namespace) -> None:
-        """Fills the context and warms up."""
+        """Warms up, as llama-bench does, and fills the context."""
+        if "prefill" in options.measure:
+            self.forward(prompt(options.prompt_tokens))
+            self.truncate(0)
         if options.context:
             self.forward(prompt(options.context))
         self.decode(options, 3)

@@ -6,6 +6,7 @@ Usage: python benchmarks/plot.py [OUTPUT_FOLDER]      (needs matplotlib: pip ins
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def peers(document: Any) -> Figure:
     return figure
 
 
-def contexts(document: Any) -> Figure:
+def contexts(*documents: Any) -> Figure:
     """Seconds of a decoded token by context, stacked by part, one panel for each thread count."""
-    results = {(result["threads"], result["context"]): result for result in document["results"]}
+    results = {(row["threads"], row["context"]): row for document in documents for row in document["results"]}
     counts = sorted({threads for threads, _ in results})
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, threads in zip(figure.subplots(1, len(counts), sharey=True, squeeze=False)[0], counts, strict=True):
@@ -88,12 +89,13 @@ def main() -> int:
     """Writes every figure whose results are there."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
     output.mkdir(parents=True, exist_ok=True)
-    for name, draw, source in (
-        ("peers.svg", peers, "peers-bitnet-2b-4t.json"),
-        ("contexts.svg", contexts, "bench-bitnet-2b-4t.json"),
-        ("bit-maps-stories260K.svg", bit_maps, "bit-maps-stories260K.json"),
-    ):
-        save(draw(read(source)), output / name)
+    figures: tuple[tuple[str, Callable[..., Figure], list[str]], ...] = (
+        ("peers.svg", peers, ["peers-bitnet-2b-4t.json"]),
+        ("contexts.svg", contexts, [f"bench-{part}.json" for part in ("contexts-1", "contexts-2", "32k-1", "32k-2")]),
+        ("bit-maps-stories260K.svg", bit_maps, ["bit-maps-stories260K.json"]),
+    )
+    for name, draw, sources in figures:
+        save(draw(*map(read, sources)), output / name)
     return 0
 
 
