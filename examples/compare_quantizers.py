@@ -196,8 +196,10 @@ def train_by_blocks(teacher: Any, method: Method, data: Iterator[Tensor], steps:
     batch = len(ids) // first
     hidden, arguments = capture_inputs(model, model.model.layers[0], ids.numpy())
     blocks = BlocksInMemory(teacher.model.layers, model.model.layers, arguments)
-    train_blocks(blocks, hidden, BlockwiseOptions(epochs=1, batch=batch, weight_rate=lr, scale_rate=lr, clip=1.0))
-    tune_scales(model, teacher, rest, TuningOptions(len(rest) * len(rest[0]), scale_rate=5 * lr, batch=batch))
+    # A block learns from its own output, which bears larger steps and smaller batches than the loss of the model.
+    rates = {"weight_rate": 2 * lr, "scale_rate": lr / 2, "clip": 1.0}
+    train_blocks(blocks, hidden, BlockwiseOptions(epochs=1, batch=max(1, batch // 4), **rates))
+    tune_scales(model, teacher, rest, TuningOptions(len(rest) * len(rest[0]), scale_rate=10 * lr, batch=batch))
     return model.eval(), time.process_time() - started
 
 
