@@ -10,6 +10,7 @@ done. FOLDER needs 3 GB, removed at the end. Prints one JSON line; exit code 1 w
 """
 
 import argparse
+import gc
 import json
 import signal
 import sys
@@ -58,6 +59,7 @@ def go(folder: Path, blocks: int, options: dict[str, Any]) -> dict[str, Any]:
         if done > LINEARS * blocks:
             signal.raise_signal(signal.SIGINT)
 
+    gc.collect()  # what an interrupted go has left
     finished, start = True, time.perf_counter()
     with PeakAnonymous() as memory:
         try:
@@ -97,9 +99,10 @@ def main() -> int:
         options["evaluation"] = write_text(folder / "evaluation.txt", 1, 1, 12)
         goes = [go(folder, blocks, options) for blocks in (arguments.blocks, arguments.blocks + 1)]
     worst = max(found["peak_anonymous_bytes"] for found in goes)
-    print(json.dumps({"benchmark": "calibration_memory", "parameters": parameters, **vars(arguments)} | {
-        "folder": None, "goes": goes, "peak_anonymous_bytes": worst,
-    }))  # fmt: skip
+    document = {"benchmark": "calibration_memory", "parameters": parameters, **options, "blocks": arguments.blocks}
+    document |= {"goes": goes, "peak_anonymous_bytes": worst}
+    del document["evaluation"]
+    print(json.dumps(document))
     went_on = goes[0]["kept_blocks"] == arguments.blocks and (
         goes[1]["finished"] or goes[1]["kept_blocks"] == arguments.blocks + 1
     )
