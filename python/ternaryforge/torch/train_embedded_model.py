@@ -7,7 +7,8 @@ Run: python train_embedded_model.py --data train.txt --synthetic FOLDER --out RU
 --data is text with stories separated by <|endoftext|>; its last 3 % are held out. --synthetic is a folder of such files
 (see sample_stories.py); its share falls to nothing by the end. RUN/model becomes a checkpoint that plain
 transformers loads (model_type "llama", quantization "bitnet" with packed "bitlinear" weights); RUN/master.pt holds
-the latent float32 weights. Needs torch, tokenizers, safetensors.
+the latent float32 weights. With --full-precision 1 nothing becomes ternary, and RUN/model is the float32 twin of the
+embedded model. Needs torch, tokenizers, safetensors.
 
 The first part of the run is trained in full precision, the rest in ternary: weights one absmean scale per matrix,
 activations int8 with one scale per token, both straight-through (BitNet b1.58, arXiv:2402.17764). The matrices are
@@ -307,7 +308,7 @@ class Trainer:
     @property
     def ternary(self) -> bool:
         """Whether the time of full precision is over."""
-        return self.progress >= self.args.full_precision
+        return self.args.full_precision < 1 and self.progress >= self.args.full_precision
 
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches for ever: pools of some batches of mixed windows, sorted by length, in random order."""
@@ -338,15 +339,15 @@ class Trainer:
         return loss.item()
 
     def save(self) -> None:
-        """Writes the checkpoint to resume from and, once in ternary, the loadable model."""
+        """Writes the checkpoint to resume from and, once its weights have their final form, the loadable model."""
         counters = {"step": self.step, "tokens": self.tokens, "elapsed": self.elapsed}
         optimizers = [o.state_dict() for o in self.optimizers]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "counters": counters}
         torch.save(state, self.args.out / "checkpoint.new")
         (self.args.out / "checkpoint.new").replace(self.args.out / "checkpoint.pt")
-        if self.ternary:
+        if self.ternary or self.args.full_precision >= 1:
             torch.save(self.model.state_dict(), self.args.out / "master.pt")
-            export(self.model, self.tokenizer, self.args.out / "model")
+            export(self.model, self.tokenizer, self.args.out / "model", self.args.full_precision < 1)
 
     def resume(self) -> None:
         """Goes back to the last checkpoint."""
@@ -390,12 +391,14 @@ def pack(codes: Tensor) -> Tensor:
     return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
 
 
-def export(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes config, generation config, weights and tokenizer as plain transformers loads them."""
+def export(model: Model, tokenizer: Tokenizer, folder: Path, ternary: bool) -> None:
+    """Writes config, generation config, weights (packed trits, or float32) and tokenizer as transformers loads them."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in model.state_dict(prefix="model.").items():
-        if is_matrix(name):
+        if not ternary:
+            tensors[name] = tensor
+        elif is_matrix(name):
             tensors[name] = pack(ternary_codes(tensor))
             tensors[name + "_scale"] = weight_scale(tensor).reshape(1)
         else:
@@ -411,10 +414,11 @@ def export(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "dtype": "bfloat16",
+        "dtype": "bfloat16" if ternary else "float32",
         **ids,
-        "quantization_config": {**quantization, "modules_to_not_convert": ["lm_head"]},
     }
+    if ternary:
+        config["quantization_config"] = {**quantization, "modules_to_not_convert": ["lm_head"]}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.shape.max_position_embeddings,
