@@ -190,9 +190,8 @@ class CalibrationRun:
         self.quantized = _core.model.Transformer(
             spec, weights, activations=self.activations, threads=self._options.threads
         )
-        for layer in layers:
-            for slot in _slots(layer):
-                self.quantized.replace_linear(slot, self._packed(layer[slot + ".codes"], tuned[slot + ".scales"]))
+        for slot in _slots(tuned):
+            self._restore(slot, tuned)
 
     def _note(self, arrays: dict[str, NDArray[Any]]) -> None:
         for slot in _slots(arrays):
@@ -262,10 +261,11 @@ class CalibrationRun:
                     writer.write(name, checkpoint.raw(name))
             for layer in range(len(self._architecture.spec.layers)):
                 arrays = kept.load(layer) or {}
+                stored = self._tuned or arrays
                 for slot in _slots(arrays):
                     name = self._architecture.tensor_names[slot]
-                    writer.write(name, arrays[slot + ".codes"])
-                    writer.write(scale_name(name), self._tuned.get(slot + ".scales", arrays[slot + ".scales"]))
+                    writer.write(name, stored[slot + ".codes"])
+                    writer.write(scale_name(name), stored[slot + ".scales"])
             writer.write_json("config.json", {**checkpoint.config, "quantization_config": self._fields()})
             writer.copy_companions(checkpoint.path)
         return writer.file_bytes

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,9 @@ class Tuning:
         keep: Callable[[dict[str, NDArray[Any]]], None],
         progress: Progress | None,
     ) -> dict[str, NDArray[Any]]:
-        """Trains on `sequences`; gives `SLOT.scales` as files hold them, and `SLOT.gains` of the norms.
+        """Trains on `sequences`; gives `SLOT.codes`, `SLOT.scales` as files hold them, and `SLOT.gains` of the norms.
+
+        Codes differ from those before where a scale changed its sign.
 
         `layers` are `SLOT.codes` and `SLOT.scales` as files hold them; `state` is the last that `keep` got.
         """
@@ -73,22 +75,23 @@ class Tuning:
             keep=keep,
             progress=show,
         )
-        return self._stored(found, modules)
+        return self._stored(found, modules, layers)
 
     def _slots(self, layers: Arrays) -> list[str]:
         return [name.removesuffix(".codes") for name in layers if name.endswith(".codes")]
 
     def _decode(self, layers: Arrays, slot: str) -> tuple[NDArray[np.int8], Float32]:
         codes, scales = layers[slot + ".codes"], layers[slot + ".scales"]
-        layout = "two_plane" if codes.ndim == 3 else "hf_packed"
-        trits = _core.formats.unpack(codes.reshape(-1), layout, 4 * codes.shape[-2], codes.shape[-1])
+        trits = _core.formats.unpack(codes.reshape(-1), _layout(codes.shape), 4 * codes.shape[-2], codes.shape[-1])
         return trits, np.reciprocal(scales) if self.options.scale == "tensor" else scales
 
-    def _stored(self, found: "TunedValues", modules: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    def _stored(self, found: "TunedValues", modules: Mapping[str, str], layers: Arrays) -> dict[str, NDArray[Any]]:
         """Scales are rounded to 16 bits as everywhere, or to what a stock folder gives back exactly."""
         arrays: dict[str, NDArray[Any]] = {}
         for slot, module in modules.items():
-            scales = found.scales[module]
+            trits, scales = found.layers[module]
+            shape = layers[slot + ".codes"].shape
+            arrays[slot + ".codes"] = _core.formats.pack(trits, _layout(shape)).reshape(shape)
             if self.options.scale == "tensor":
                 arrays[slot + ".scales"] = np.float32(1) / storable_scale(float(scales[0]))
             else:
@@ -96,6 +99,11 @@ class Tuning:
         for slot, name in self.norms.items():
             arrays[slot + ".gains"] = found.norms[name]
         return arrays
+
+
+def _layout(shape: tuple[int, ...]) -> Literal["two_plane", "hf_packed"]:
+    """Of codes as files hold them: [2, rows / 4, cols] or [rows / 4, cols]."""
+    return "two_plane" if len(shape) == 3 else "hf_packed"
 
 
 def check_packages() -> None:

@@ -65,7 +65,7 @@ def test_a_layer_and_its_gradient(scale: Any, shape: tuple[int, ...]) -> None:
     with torch.no_grad():
         layer.change.copy_(torch.tensor(change).reshape(-1, 1))
     now = scales * (1 + change)
-    np.testing.assert_allclose(layer.scales().detach().numpy(), now, rtol=1e-6)
+    np.testing.assert_allclose(layer.encode().scale.numpy().reshape(shape), now, rtol=1e-6)
     wide = np.repeat(now, 8, 1)[:, :WIDTH] if scale == "group" else now.reshape(-1, 1)
     x = random.normal(size=(5, WIDTH)).astype(np.float32)
     wanted = random.normal(size=(5, 20)).astype(np.float32)
@@ -79,6 +79,20 @@ def test_a_layer_and_its_gradient(scale: Any, shape: tuple[int, ...]) -> None:
         "group": np.stack([product[:, :8].sum(1), product[:, 8:].sum(1)], 1),
     }[scale]
     np.testing.assert_allclose(layer.change.grad.numpy().reshape(shape), scales * sums, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_that_fell_below_zero_turns_its_codes_round() -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(-1, 2, (4, WIDTH)).astype(np.int8)
+    blocks = ScaleBlocks(4, WIDTH, "row")
+    layer = TunedLinear(torch.tensor(codes), torch.full((4,), 0.5), blocks)
+    with torch.no_grad():
+        layer.change.copy_(torch.tensor([[0.0], [-1.5], [0.0], [-3.0]]))
+    found = layer.encode()
+    np.testing.assert_array_equal(found.scale[:, 0].numpy(), [0.5, 0.25, 0.5, 1.0])
+    np.testing.assert_array_equal(found.codes.numpy(), codes * np.array([[1], [-1], [1], [-1]]))
+    x = torch.eye(WIDTH)
+    torch.testing.assert_close(layer(x).detach().T, found.codes.float() * found.scale)
 
 
 def test_int8_inputs_are_those_of_training() -> None:

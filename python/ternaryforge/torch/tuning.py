@@ -98,9 +98,11 @@ class TunedLinear(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def scales(self) -> Tensor:
-        """The scales as they are now, [1], [rows] or [rows, groups]."""
-        return (self.start * (1 + self.change)).reshape(self.blocks.scale_shape)
+    @torch.no_grad()
+    def encode(self) -> Codes:
+        """Codes and scales as they are now, by block; a scale that fell below zero turns its codes round."""
+        scales = self.start * (1 + self.change)
+        return Codes(torch.where(scales < 0, -self.codes, self.codes), scales.abs())
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 # nn.Linear's name
         """Input [..., cols] to [..., rows]."""
@@ -208,8 +210,10 @@ def tune_scales(
             model.set_submodule(name, layer)
         for name, value in model.named_parameters():
             value.requires_grad = trained[name]
-    for name, layer in layers.items():
-        _write(layer, linears[name])
+    with torch.no_grad():
+        for name, layer in layers.items():
+            quantizer = layer.quantizer
+            layer.weight.copy_(quantizer.blocks.join(quantizer.hold(linears[name].encode())))
     return divergence
 
 
@@ -231,19 +235,11 @@ def _tuned(name: str, layer: QATLinear) -> TunedLinear:
     return TunedLinear(blocks.join(encoded.codes), encoded.scale, blocks, activation_bits=layer.qat.activation_bits)
 
 
-@torch.no_grad()
-def _write(layer: QATLinear, tuned: TunedLinear) -> None:
-    """Makes latents of codes and trained scales; a scale that fell below zero turns its codes round."""
-    scales = tuned.scales().detach().reshape(-1, 1)
-    codes = Codes(torch.where(scales < 0, -tuned.codes, tuned.codes), scales.abs())
-    layer.weight.copy_(layer.quantizer.blocks.join(layer.quantizer.hold(codes)))
-
-
 @dataclass(frozen=True, slots=True)
 class TunedValues:
-    """Scales by the name of their layer, [1], [rows] or [rows, groups], and norms by that of their parameter."""
+    """By layer, codes [rows, cols] and scales, [1], [rows] or [rows, groups]; norms by the name of their parameter."""
 
-    scales: Mapping[str, Float32]
+    layers: Mapping[str, tuple[NDArray[np.int8], Float32]]
     norms: Mapping[str, Float32]
     divergence: float
 
@@ -286,8 +282,12 @@ def tune_model(
         divergence = tune(student, teacher, sequences, options, norms=gains, state=state, keep=keep, progress=progress)
     finally:
         torch.set_num_threads(before)
+    encoded = {name: (linear.blocks, linear.encode()) for name, linear in linears.items()}
     return TunedValues(
-        scales={name: linear.scales().detach().numpy() for name, linear in linears.items()},
+        layers={
+            name: (blocks.join(codes.codes).contiguous().numpy(), codes.scale.reshape(blocks.scale_shape).numpy())
+            for name, (blocks, codes) in encoded.items()
+        },
         norms={name: gain.detach().numpy() for name, gain in zip(norms, gains, strict=True)},
         divergence=divergence,
     )
