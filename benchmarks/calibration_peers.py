@@ -34,7 +34,7 @@ import ternaryforge as tf
 from ternaryforge import _core
 from ternaryforge.calibration_blocks import Targets
 from ternaryforge.calibration_keeping import KeptLayers
-from ternaryforge.calibration_linear import LinearOptions, QuantizedLinear, fit_target
+from ternaryforge.calibration_linear import DAMPING, LinearOptions, QuantizedLinear, damped, moment_factor
 from ternaryforge.calibration_run import CalibrationRun
 from ternaryforge.evaluation import cut_documents, log_softmax
 from ternaryforge.tokenizer import Tokenizer
@@ -51,23 +51,22 @@ class PlainGptq(CalibrationRun):
 
     def _quantize(self, slot: str, weights: Any, moments: Any, lacking: Any) -> QuantizedLinear:
         del slot, lacking
-        target, damped = fit_target(weights, moments, None, 0.01)
-        factor = np.ascontiguousarray(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
-        trits, scales = _core.quant.round_with_feedback(
-            target,
-            factor,
-            np.ascontiguousarray(np.diag(damped)),
-            rule="absmean",
-            scale="group",
-            group_size=GROUP,
-            threads=self._options.threads,
-        )
+        with damped(moments, DAMPING):
+            trits, scales = _core.quant.round_with_feedback(
+                weights.astype(np.float64),
+                moment_factor(moments),
+                np.diag(moments).copy(),
+                rule="absmean",
+                scale="group",
+                group_size=GROUP,
+                threads=self._options.threads,
+            )
         return QuantizedLinear(trits, scales, math.nan, math.nan, 0)
 
 
 def gptq(source: Path, out: Path, text: str, tokens: int, seed: int) -> None:
     """Writes the folder of `GPTQ, absmean`."""
-    options = LinearOptions("gptq", "group", GROUP, 0.01, 0, _core.parallel.default_threads())
+    options = LinearOptions("gptq", "group", GROUP, DAMPING, 0, _core.parallel.default_threads())
     run = PlainGptq(source, options, Targets(0.0, 0.0))
     drawn = run.draw(text, tokens, seed)
     kept = KeptLayers(out, {"gptq": True} | run.key(drawn, tokens, seed))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bit_map_study
+import calibration_ladder
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
@@ -21,8 +22,9 @@ COLOURS = ("#3b6ea5", "#d98032", "#5d9b61", "#9a9a9a")
 
 
 def read(name: str) -> Any:
-    """A document of the results."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    """A document of the results, or all its lines."""
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if name.endswith(".jsonl") else json.loads(text)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -85,6 +87,23 @@ def bit_maps(document: Any) -> Figure:
     return bit_map_study.plot(document["points"], f"stories260K, {document['documents']} documents")
 
 
+def ladder(lines: Any) -> Figure:
+    """Perplexity of every rung of calibration, a dot for each draw, one panel for each model."""
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    rungs = [rung for rung in calibration_ladder.RUNGS if any(line["rung"] == rung for line in lines)]
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
+        runs = [line for line in lines if line["model"] == model]
+        places = [rungs.index(line["rung"]) for line in runs]
+        axes.plot([line["perplexity"] for line in runs], places, "o", markersize=4, color=COLOURS[0])
+        axes.set_xscale("log")
+        axes.grid(axis="x", which="both", alpha=0.3)
+        axes.set_title(f"{model}: perplexity", fontsize=9)
+    figure.axes[0].set_yticks(range(len(rungs)), rungs, fontsize=8)
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
 def main() -> int:
     """Writes every figure whose results are there."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
@@ -93,6 +112,7 @@ def main() -> int:
         ("peers.svg", peers, ["peers-bitnet-2b-4t.json"]),
         ("contexts.svg", contexts, [f"bench-{part}.json" for part in ("contexts-1", "contexts-2", "32k-1", "32k-2")]),
         ("bit-maps-stories260K.svg", bit_maps, ["bit-maps-stories260K.json"]),
+        ("calibration-ladder.svg", ladder, ["calibration-ladder.jsonl"]),
     )
     for name, draw, sources in figures:
         save(draw(*map(read, sources)), output / name)
