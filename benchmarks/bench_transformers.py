@@ -70,7 +70,7 @@ def build(layers: int, *, packed: bool, embedding: torch.Tensor | None) -> Any:
 class Session:
     """A model that has read a prompt and writes token by token."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as `generate`
     def __init__(self, model: Any) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
@@ -80,7 +80,7 @@ class Session:
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as `generate`
     def step(self) -> float:
         """Seconds of one token."""
         start = time.perf_counter()
@@ -88,7 +88,7 @@ class Session:
         return time.perf_counter() - start
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as `generate`
 def check(name: str, ours: TernaryLinear, stock: Any) -> None:
     """Raises RuntimeError where two layers differ by more than bf16, in which transformers divides, rounds away."""
     x = torch.randn(4, ours.in_features, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))

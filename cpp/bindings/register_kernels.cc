@@ -79,7 +79,9 @@ py::array_t<float> Linear(const py::array& x, const PackedTensor& tensor,
   auto out = py::array_t<float>({tokens, tensor.rows()});
   const std::span<float> result = SpanOf(out);
   const py::gil_scoped_release release;
-  ApplyLinear(ToTiles(tensor, team), values.data(), tokens, mode, team, result.data());
+  const PackedTensor tiles = ToTiles(tensor, team);
+  const LinearJob job[] = {{&tiles, result.data(), tiles.rows()}};
+  ApplyLinears(job, values.data(), tokens, mode, team);
   return out;
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A linear layer on raw addresses, for callers whose arrays are not NumPy's, such as PyTorch's.
+// Linear layers on raw addresses, for callers whose arrays are not NumPy's, such as PyTorch's.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "base/check.h"
@@ -25,37 +27,58 @@ ScaleKind KindOf(size_t count, size_t group_size) {
   return count == 1 ? ScaleKind::kTensor : ScaleKind::kRow;
 }
 
-void LinearAt(uintptr_t x, size_t tokens, size_t cols, uintptr_t weight, size_t rows,
-              const std::string& layout_name, uintptr_t scales, size_t scale_count,
-              size_t group_size, uintptr_t out, const std::string& activations, size_t threads) {
-  const ActivationMode mode = ActivationModeFromName(activations);
-  const Layout layout = LayoutFromName(layout_name);
-  Check(IsTiles(layout), "[linear_at] the run-time layouts are t8, t16 and t20, got ", layout_name);
-  Check(tokens == 0 || (x != 0 && weight != 0 && scales != 0 && out != 0),
-        "[linear_at] an address is null");
-  const Team team(threads);
-  const py::gil_scoped_release release;
-  if (tokens == 0) return;
+// The addresses of a weight and of its scales, how many rows it has, and how many scales.
+using RawWeight = std::tuple<uintptr_t, uintptr_t, size_t, size_t>;
+
+PackedTensor MakeTensor(const RawWeight& raw, Layout layout, size_t cols, size_t group_size) {
+  const auto [weight, scales, rows, scale_count] = raw;
+  Check(weight != 0 && scales != 0, "[linears_at] an address is null");
   const auto* scale_data = reinterpret_cast<const float*>(scales);
   const auto* bytes = reinterpret_cast<const uint8_t*>(weight);
-  const PackedTensor tensor(
+  return PackedTensor(
       layout, rows, cols, {bytes, LayoutBytes(layout, rows, cols, group_size)}, nullptr,
       MakeScales(KindOf(scale_count, group_size), group_size, ScaleConvention::kMultiply,
                  std::vector<float>(scale_data, scale_data + scale_count), rows, cols));
-  ApplyLinear(tensor, reinterpret_cast<const float*>(x), tokens, mode, team,
-              reinterpret_cast<float*>(out));
+}
+
+void LinearsAt(uintptr_t x, size_t tokens, size_t cols, const std::vector<RawWeight>& weights,
+               const std::string& layout_name, size_t group_size, uintptr_t out,
+               const std::string& activations, size_t threads) {
+  const ActivationMode mode = ActivationModeFromName(activations);
+  const Layout layout = LayoutFromName(layout_name);
+  Check(IsTiles(layout), "[linears_at] the run-time layouts are t8, t16 and t20, got ",
+        layout_name);
+  Check(!weights.empty(), "[linears_at] there is no weight");
+  Check(tokens == 0 || (x != 0 && out != 0), "[linears_at] an address is null");
+  const Team team(threads);
+  const py::gil_scoped_release release;
+  if (tokens == 0) return;
+  std::vector<PackedTensor> tensors;
+  size_t total_rows = 0;
+  for (const RawWeight& raw : weights) {
+    tensors.push_back(MakeTensor(raw, layout, cols, group_size));
+    total_rows += tensors.back().rows();
+  }
+  std::vector<LinearJob> jobs;
+  auto* next = reinterpret_cast<float*>(out);
+  for (const PackedTensor& tensor : tensors) {
+    jobs.push_back({&tensor, next, total_rows});
+    next += tensor.rows();
+  }
+  ApplyLinears(jobs, reinterpret_cast<const float*>(x), tokens, mode, team);
 }
 
 }  // namespace
 
 void register_raw_linear(py::module_& kernels) {
   kernels.def(
-      "linear_at", &LinearAt, py::arg("x"), py::arg("tokens"), py::arg("cols"), py::arg("weight"),
-      py::arg("rows"), py::arg("layout"), py::arg("scales"), py::arg("scale_count"),
-      py::arg("group_size"), py::arg("out"), py::arg("activations"), py::arg("threads"),
-      "As `linear`, on the addresses of C-contiguous arrays: float32 x [tokens, cols], the "
-      "bytes of the weight in a run-time layout, float32 scales, float32 out [tokens, rows]. "
-      "The caller answers for their sizes and keeps them alive.");
+      "linears_at", &LinearsAt, py::arg("x"), py::arg("tokens"), py::arg("cols"),
+      py::arg("weights"), py::arg("layout"), py::arg("group_size"), py::arg("out"),
+      py::arg("activations"), py::arg("threads"),
+      "As `linear`, on the addresses of C-contiguous arrays, and several layers with one input at "
+      "once: float32 x [tokens, cols], weights (bytes in a run-time layout, float32 scales, rows, "
+      "number of scales), float32 out [tokens, all rows]. The caller answers for their sizes and "
+      "keeps them alive.");
 }
 
 }  // namespace tf

@@ -93,17 +93,20 @@ void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const Lin
   }
 }
 
-void ApplyLinear(const PackedTensor& weight, const float* x, size_t tokens, ActivationMode mode,
-                 const Team& team, float* out) {
-  const size_t cols = weight.cols();
-  CheckExact(mode, weight);
+void ApplyLinears(std::span<const LinearJob> jobs, const float* x, size_t tokens,
+                  ActivationMode mode, const Team& team) {
+  const size_t cols = jobs.front().weight->cols();
+  for (const LinearJob& job : jobs) {
+    Check(job.weight->cols() == cols, "[linear] layers of one input have equal columns, got ", cols,
+          " and ", job.weight->cols());
+    CheckExact(mode, *job.weight);
+  }
   LinearInput input(tokens, cols);
   for (size_t t = 0; t < tokens; ++t) {
     std::copy_n(x + t * cols, cols, input.Row(t));
     input.Quantize(mode, t, tokens, cols);
   }
-  const LinearJob job[] = {{&weight, out, weight.rows()}};
-  team.Run([&](Worker& worker) { RunLinears(worker, job, input, tokens, mode); });
+  team.Run([&](Worker& worker) { RunLinears(worker, jobs, input, tokens, mode); });
 }
 
 }  // namespace tf

@@ -58,9 +58,9 @@ struct LinearJob {
 void RunLinears(const Worker& worker, std::span<const LinearJob> jobs, const LinearInput& input,
                 size_t tokens, ActivationMode mode);
 
-// One layer alone, outside a model: out [tokens, rows] from x [tokens, cols]. Checks the columns
-// and allocates its workspace.
-void ApplyLinear(const PackedTensor& weight, const float* x, size_t tokens, ActivationMode mode,
-                 const Team& team, float* out);
+// The same outside a model: jobs of equal columns on x [tokens, cols], with a workspace of its own.
+// Checks the columns.
+void ApplyLinears(std::span<const LinearJob> jobs, const float* x, size_t tokens,
+                  ActivationMode mode, const Team& team);
 
 }  // namespace tf

@@ -189,7 +189,8 @@ void TestTwoPlaneLinear(Tester& test, ScaleKind kind, size_t rows, size_t cols, 
                                                   {ActivationMode::kFloat, 0}};
   for (const auto& [mode, max_code] : modes) {
     std::vector<float> out(tokens * rows);
-    ApplyLinear(weight, x.data(), tokens, mode, Team(2), out.data());
+    const LinearJob job[] = {{&weight, out.data(), weight.rows()}};
+    ApplyLinears(job, x.data(), tokens, mode, Team(2));
     for (size_t t = 0; t < tokens; ++t) {
       const std::span<const float> token = std::span(x).subspan(t * cols, cols);
       const std::vector<double> expected =

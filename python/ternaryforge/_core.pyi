@@ -168,17 +168,14 @@ class kernels:
         x: Float32, tensor: formats.PackedTensor, *, activations: Activations, threads: int = 1
     ) -> Float32: ...  # [m, cols] -> [m, rows]
     @staticmethod
-    def linear_at(  # `linear` on addresses of C-contiguous arrays, for callers without NumPy arrays
+    def linears_at(  # `linear` on addresses of C-contiguous arrays, for callers without NumPy arrays
         x: int,  # float32 [tokens, cols]
         tokens: int,
         cols: int,
-        weight: int,  # layout_bytes(layout, rows, cols, group_size=group_size) bytes
-        rows: int,
+        weights: list[tuple[int, int, int, int]],  # layout_bytes(...) bytes, float32 scales, rows, number of scales
         layout: str,  # "t8", "t16" or "t20"; ValueError for others
-        scales: int,  # float32 [scale_count]: 1, rows, or rows x groups
-        scale_count: int,
         group_size: int,  # 0 unless scales belong to groups
-        out: int,  # float32 [tokens, rows]
+        out: int,  # float32 [tokens, all rows]
         activations: Activations,
         threads: int,
     ) -> None: ...

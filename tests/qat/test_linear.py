@@ -83,12 +83,13 @@ def test_half_precision_in_and_out() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_operator_keeps_pytorchs_rules(scale: str) -> None:
-    layer, _ = made(scale, bias=True)
+    layers = [made(scale, rows)[0] for rows in (24, 40)]
     x = torch.randn(2, 150, requires_grad=True)
-    args = (x, layer.weight, layer.scale_bits, layer.bias, 24, 150, layer.group_size, 8)
+    weights, scales = [layer.weight for layer in layers], [layer.scale_bits for layer in layers]
+    args = (x, weights, scales, [24, 40], 150, layers[0].group_size, 8)
     # The registration test compares with `dispatch`, where only Python's autograd key counts.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.ternaryforge.linear.default, args, test_utils=tests)
+    torch.library.opcheck(torch.ops.ternaryforge.linears.default, args, test_utils=tests)
 
 
 def test_it_compiles_into_one_graph() -> None:
@@ -177,13 +178,13 @@ def test_what_does_not_fit_is_refused() -> None:
     layer, _ = made()
     with pytest.raises(ValueError, match=r"x is a float tensor \[..., 150\], got torch.float64"):
         layer(torch.randn(2, 150, dtype=torch.float64))
-    args = (layer.weight, layer.scale_bits, None, 24, 150, 0, 8)
+    args = ([layer.weight], [layer.scale_bits], [24], 150, 0, 8)
     with pytest.raises(ValueError, match=r"x is a float tensor \[..., 150\]"):
-        torch.ops.ternaryforge.linear(torch.randn(2, 140), *args)
+        torch.ops.ternaryforge.linears(torch.randn(2, 140), *args)
     with pytest.raises(ValueError, match="weight is 1280 contiguous bytes"):
-        ops.linear(torch.randn(2, 150), layer.weight[:-1], layer.scale_bits, None, rows=24)
+        ops.linears(torch.randn(2, 150), [layer.weight[:-1]], [layer.scale_bits], [24])
     with pytest.raises(ValueError, match="scale_bits is int32 with 1 or 24 elements"):
-        ops.linear(torch.randn(2, 150), layer.weight, torch.zeros(3, dtype=torch.int32), None, rows=24)
+        ops.linears(torch.randn(2, 150), [layer.weight], [torch.zeros(3, dtype=torch.int32)], [24])
     packed = torch.zeros(6, 150, dtype=torch.uint8)
     with pytest.raises(FormatError, match="a code is 3"):
         TernaryLinear.from_packed(packed + 255, torch.ones(1))

@@ -22,6 +22,7 @@ from ternaryforge.torch.replacement import (
     scale_biases,
     settle_convention,
 )
+from ternaryforge.torch.shared_input import share_inputs
 from ternaryforge.weights import scale_name
 
 METHOD = "ternaryforge"
@@ -73,6 +74,7 @@ class TernaryForgeQuantizer(HfQuantizer):
                 activation_bits=config.activation_bits,
                 convention="divide" if config.is_stock else "multiply",
             )
+        share_inputs(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed layers save themselves in stock bytes."""
@@ -131,6 +133,7 @@ class AcceleratedBitNetQuantizer(BitNetHfQuantizer):
             scale_biases(model, load_placeholders(model, convention="multiply"))
         else:
             load_placeholders(model, convention="divide")
+        share_inputs(model)
         settle_linear_class(model, self.quantization_config)
 
     def get_load_operations(self) -> dict[str, Any]:

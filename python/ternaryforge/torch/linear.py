@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TernaryLinear`: a packed linear layer on the compiled core."""
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ternaryforge import _core
 from ternaryforge.quantization import Convention
 from ternaryforge.torch import ops
+
+if TYPE_CHECKING:
+    from ternaryforge.torch.shared_input import SharedInput
 
 
 class TernaryLinear(nn.Linear):
@@ -27,9 +30,11 @@ class TernaryLinear(nn.Linear):
     activation_bits: int | None
     scale_bits: Tensor
     divisor_bits: Tensor | None  # the scale as a "divide" checkpoint stores it, since reciprocals round
+    shared_input: "SharedInput | None"  # with layers that read the same input
 
     def __init__(self) -> None:  # not nn.Linear's: it would allocate a dense weight
         nn.Module.__init__(self)
+        self.shared_input = None
         self._register_state_dict_hook(_write_stock)
         self.register_load_state_dict_pre_hook(_read_stock)
 
@@ -76,14 +81,15 @@ class TernaryLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 # nn.Linear's name
         """Input [..., cols] to [..., rows], in its dtype."""
-        return ops.linear(
-            input,
-            self.weight,
-            self.scale_bits,
-            self.bias,
-            rows=self.out_features,
-            group_size=self.group_size,
-            activation_bits=self.activation_bits or 0,
+        products = self.multiply(input) if self.shared_input is None else self.shared_input.multiply(self, input)
+        bias = cast("Tensor | None", self.bias)
+        return products if bias is None else products + bias.to(products.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """As `forward`, without the bias."""
+        bits = self.activation_bits or 0
+        return ops.linears(
+            x, [self.weight], [self.scale_bits], [self.out_features], group_size=self.group_size, activation_bits=bits
         )
 
     def scales(self) -> Tensor:

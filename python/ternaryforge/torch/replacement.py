@@ -14,6 +14,7 @@ from ternaryforge.torch.linear import TernaryLinear
 from ternaryforge.torch.qat import QATLinear
 from ternaryforge.torch.quantizers import make_quantizer
 from ternaryforge.torch.scale_blocks import ScaleBlocks
+from ternaryforge.torch.shared_input import share_inputs
 
 
 def optimize_layers(model: nn.Module) -> list[str]:
@@ -31,6 +32,7 @@ def optimize_layers(model: nn.Module) -> list[str]:
         layer = _convert(module)
         layer.train(module.training)
         model.set_submodule(name, layer)
+    share_inputs(model)
     return list(found)
 
 
