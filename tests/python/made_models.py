@@ -108,6 +108,17 @@ def make_tensors(config: dict[str, Any], *, dtype: str = "F32", seed: int = 0) -
     return tensors
 
 
+def uneven_model() -> tuple[dict[str, Any], Tensors]:
+    """A config of three layers of which some say more than others, so that bits are worth more there; its tensors."""
+    config = llama_config(num_hidden_layers=3, hidden_size=24, max_position_embeddings=64)
+    tensors = make_tensors(config)
+    for layer, gain in enumerate((3.0, 0.3, 1.5)):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        tensors[name] = "F32", tensors[name][1] * np.float32(gain)
+    tensors["lm_head.weight"] = "F32", tensors["lm_head.weight"][1] * np.float32(2.5)
+    return config, tensors
+
+
 def scale_shape(quantization: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     match quantization["scale"]:
         case "tensor":

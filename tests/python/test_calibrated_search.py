@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_models import llama_config, make_tensors, write_folder, write_tokenizer
+from made_models import uneven_model, write_folder, write_tokenizer
 from test_calibration import write_text
 from typer.testing import CliRunner
 
@@ -26,12 +26,7 @@ TOKENS = 200
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source with layers that differ in how much they say, exact in 16 bits; a text to calibrate on and another."""
     path = tmp_path_factory.mktemp("calibrated_search")
-    config = llama_config(num_hidden_layers=3, hidden_size=24, max_position_embeddings=64)
-    tensors = make_tensors(config)
-    for layer, gain in enumerate((3.0, 0.3, 1.5)):
-        name = f"model.layers.{layer}.mlp.down_proj.weight"
-        tensors[name] = "F32", tensors[name][1] * np.float32(gain)
-    tensors["lm_head.weight"] = "F32", tensors["lm_head.weight"][1] * np.float32(2.5)
+    config, tensors = uneven_model()
     for name, (_, values) in tensors.items():
         tensors[name] = "F32", values.astype(np.float16).astype(np.float32)
     write_tokenizer(write_folder(path / "source", config, tensors))
