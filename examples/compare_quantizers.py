@@ -36,6 +36,7 @@ from ternaryforge.torch import (
     capture_inputs,
     clip_latents,
     prepare_qat,
+    qat_layers,
     residual_strength,
     set_residual,
     set_sharpness,
@@ -51,7 +52,8 @@ class Method:
     """A quantizer and what goes with it; shares are of all steps.
 
     `blockwise` is the share of the tokens with which blocks are trained one by one (EfficientQAT); the scales alone
-    then get the rest, end to end.
+    then get the rest, end to end. `muon` is the learning rate of Muon for the ternary matrices, whose updates then are
+    orthogonal; AdamW trains the rest, and without `muon` all.
     """
 
     config: dict[str, Any]
@@ -59,6 +61,7 @@ class Method:
     anneal: float = 0.0
     residual: float = 0.0
     blockwise: float = 0.0
+    muon: float = 0.0
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
 
 
@@ -69,6 +72,7 @@ GROUPS_128: dict[str, Any] = {**GROUPS, "group_size": 128}
 METHODS = {
     "absmean": Method({**GROUPS, "quantizer": "absmean"}),
     "lsq": Method({**GROUPS, "quantizer": "lsq"}),
+    "lsq, Muon": Method({**GROUPS, "quantizer": "lsq"}, muon=3e-3),
     "seq": Method({**GROUPS, "quantizer": "seq"}),
     "twn": Method({**GROUPS, "quantizer": "twn"}),
     "tequila": Method({**GROUPS, "quantizer": "tequila"}),
@@ -153,15 +157,16 @@ def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: 
     student = copy.deepcopy(teacher).requires_grad_(True)
     model = prepare_qat(student, QATConfig(**method.config)).train()
     attach_extras(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizers = make_optimizers(model, method, lr)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     loss = DistillationLoss(**method.loss)
     rise = min(20, steps)
     started = time.process_time()
     for step in range(steps):
         progress = max(0.0, (step - rise) / max(1, steps - rise))
         rate = (step + 1) / rise if step < rise else 0.55 + 0.45 * math.cos(math.pi * progress)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, rate)
+        for optimizer, highest in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = highest * min(1.0, rate)
         if method.warmup:
             strength = warmup_strength(step, round(method.warmup * steps))
             set_strength(model, strength if strength < 1 else None)
@@ -176,14 +181,28 @@ def train(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: 
         terms = loss(model(ids, output_hidden_states=hidden), guide, labels=ids)
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()  # here, because a peer sets gradients in its forward pass
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()  # here, because a peer sets gradients in its forward pass
         if method.anneal:
             clip_latents(model)
     seconds = time.process_time() - started
     if method.residual:
         set_residual(model, None)
     return model.eval(), seconds
+
+
+def make_optimizers(model: Any, method: Method, lr: float) -> list[torch.optim.Optimizer]:
+    """Each with one group of parameters."""
+    matrices = [layer.weight for _, layer in qat_layers(model)] if method.muon else []
+    taken = {id(matrix) for matrix in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=method.muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return made
 
 
 def train_by_blocks(teacher: Any, method: Method, data: Iterator[Tensor], steps: int, lr: float) -> tuple[Any, float]:
@@ -204,16 +223,19 @@ def train_by_blocks(teacher: Any, method: Method, data: Iterator[Tensor], steps:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Mean and spread per method, best first."""
-    rows = ["| method | seeds | perplexity | tokens/s of one core |", "|---|---|---|---|"]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Mean and spread per method and size of the run, best first."""
+    rows = ["| method | steps x batch x length | seeds | perplexity | tokens/s of one core |", "|---|---|---|---|---|"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(result["method"], []).append(result)
-    for name, runs in sorted(groups.items(), key=lambda item: statistics.mean(r["perplexity"] for r in item[1])):
+        key = tuple(result[name] for name in ("method", "steps", "batch", "tokens", "lr"))
+        groups.setdefault(key, []).append(result)
+    for key, runs in sorted(groups.items(), key=lambda item: statistics.mean(r["perplexity"] for r in item[1])):
+        name, steps, batch, tokens, _ = key
         values = [run["perplexity"] for run in runs]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         speed = statistics.median(run["tokens"] / run["seconds"] for run in runs)
-        rows.append(f"| {name} | {len(values)} | {statistics.mean(values):.2f}{spread} | {speed:.0f} |")
+        size = f"{steps} x {batch} x {tokens // (steps * batch)}"
+        rows.append(f"| {name} | {size} | {len(values)} | {statistics.mean(values):.2f}{spread} | {speed:.0f} |")
     return "\n".join(rows)
 
 
@@ -250,13 +272,14 @@ def main() -> None:
     )
     for seed in args.seeds:
         for name in args.methods:
+            tokens = args.steps * args.batch * args.length
             key = {"method": name, "seed": seed, "steps": args.steps, "batch": args.batch, "lr": args.lr}
+            key["tokens"] = tokens
             if any(all(run.get(k) == v for k, v in key.items()) for run in done):
                 continue
             data = batches(stream, args.batch, args.length, seed)
             model, seconds = train(teacher, METHODS[name], data, args.steps, args.lr)
-            tokens = args.steps * args.batch * args.length
-            result = {**key, "tokens": tokens, "seconds": round(seconds, 1)}
+            result = {**key, "seconds": round(seconds, 1)}
             result["perplexity"] = round(perplexity(model, windows), 4)
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")

@@ -78,7 +78,7 @@ def test_comparison_of_quantizers(
     story_model.load_dense("demo").save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes((story_model.find_source("demo") / "tokenizer.json").read_bytes())
     known = dict(QUANTIZERS)
-    methods = ["EfficientQAT", *(name for name in compare_quantizers.METHODS if name.endswith("v1"))]
+    methods = ["EfficientQAT", "lsq, Muon", *(name for name in compare_quantizers.METHODS if name.endswith("v1"))]
     files = ["--train", str(text), "--valid", str(text), "--out", str(tmp_path / "out.jsonl")]
     short = ["--seeds", "0", "--steps", "2", "--batch", "1", "--length", "32", "--methods", *methods]
     monkeypatch.setattr(sys, "argv", ["compare_quantizers", str(folder), *files, *short])
@@ -91,4 +91,4 @@ def test_comparison_of_quantizers(
     monkeypatch.setattr(sys, "argv", ["compare_quantizers", str(folder), *files, "--table"])
     compare_quantizers.main()
     table = capsys.readouterr().out
-    assert all(f"| {name} | 1 |" in table for name in methods)
+    assert all(f"| {name} | 2 x 1 x 32 | 1 |" in table for name in methods)
