@@ -173,10 +173,11 @@ class ExportPlan:
             return
         with np.errstate(over="ignore"):
             error = np.abs(scales.astype(np.float16).astype(np.float32) - scales) / np.maximum(np.abs(scales), 1e-38)
+        other = ", or profile 'upstream'" if found[0] == "tensor" else ""
         raise FormatError(
             f"[export] '{self.source.where}': a scale of '{name}' is not exact in 16 bits, and profile "
             f"'{self.profile.name}' has no other place for it: use inline_scale=True (--inline-scale), which rounds it "
-            f"by {float(error.max()):.1e}, or profile 'upstream'"
+            f"by {float(error.max()):.1e}{other}"
         )
 
     def _dense_type(self, slot: str, cols: int) -> str:
