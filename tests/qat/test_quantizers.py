@@ -121,6 +121,20 @@ def test_zeros_give_finite_values_and_gradients(name: str) -> None:
     assert torch.isfinite(latent.grad).all()
 
 
+@pytest.mark.parametrize("name", ["lsq", "seq", "dlt", "adaptive", "four_levels"])
+def test_a_scale_that_crossed_zero_goes_on_learning(name: str) -> None:
+    seen = []
+    for sign in (1, -1):
+        blocks, quantizer, latent = prepared(name, "group", latents())
+        quantizer.scale.data.mul_(sign)
+        values = blocks.join(quantizer(blocks.split(latent)))
+        (values * torch.linspace(-1, 1, COLS)).sum().backward()
+        assert torch.equal(blocks.join(quantizer.encode(blocks.split(latent.detach())).values()), values)
+        seen.append((values, latent.grad, quantizer.scale.grad * sign))
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+    assert seen[0][2].abs().min() > 0
+
+
 def test_unknown_names_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantizer is one of absmean, .*, got 'abs'"):
         make_quantizer("abs", ScaleBlocks(4, 4))

@@ -240,7 +240,7 @@ class LearnedScale(Quantizer):
     """What quantizers with a learned scale a share: its parameter and its gradient's factor.
 
     As in LSQ the gradient of a is multiplied by 1 / sqrt(weights of the block), so that a moves at the pace of
-    the weights.
+    the weights. A scale is |a|, so that a step across zero does not end its block, which would get no gradient.
     """
 
     def __init__(self, blocks: ScaleBlocks) -> None:
@@ -251,9 +251,12 @@ class LearnedScale(Quantizer):
         """The scale whose trits are the least squares best."""
         set_values(self.scale, least_squares_scale(weight))
 
+    def magnitude(self) -> Tensor:
+        """The scales, which are positive."""
+        return self.scale.abs().clamp(min=SMALLEST_SCALE)
+
     def _scale(self, weight: Tensor) -> Tensor:
-        scale = self.scale.clamp(min=SMALLEST_SCALE)
-        return ScaleGradient.apply(scale, 1 / self.blocks.root_size(weight))
+        return ScaleGradient.apply(self.magnitude(), 1 / self.blocks.root_size(weight))
 
 
 class LearnedStep(LearnedScale):
@@ -265,7 +268,7 @@ class LearnedStep(LearnedScale):
 
     def encode(self, weight: Tensor) -> Codes:
         """See the class."""
-        scale = self.scale.detach().clamp(min=SMALLEST_SCALE)
+        scale = self.magnitude().detach()
         return Codes((weight / scale).clamp(-1, 1).round().to(torch.int8), scale)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -296,7 +299,7 @@ class StretchedElastic(LearnedScale):
 
     def encode(self, weight: Tensor) -> Codes:
         """See the class."""
-        scale = self.scale.detach().clamp(min=SMALLEST_SCALE)
+        scale = self.magnitude().detach()
         steps = ((weight / scale).clamp(-self.clip, self.clip) * self.parts - self.offset).round()
         return Codes(steps.to(torch.int8), scale / self.parts)
 
@@ -325,7 +328,7 @@ class FourLevels(StretchedElastic):
     def encode(self, weight: Tensor) -> Codes:
         """Codes -3, -1, 1, 3 and a quarter of a."""
         steps = super().encode(weight).codes
-        return Codes(2 * steps + 1, self.scale.detach().clamp(min=SMALLEST_SCALE) / 4)
+        return Codes(2 * steps + 1, self.magnitude().detach() / 4)
 
 
 class DualLearnable(LearnedScale):
@@ -348,7 +351,7 @@ class DualLearnable(LearnedScale):
 
     def encode(self, weight: Tensor) -> Codes:
         """See the class."""
-        scale, shift = self.scale.detach().clamp(min=SMALLEST_SCALE), self.shift.detach()
+        scale, shift = self.magnitude().detach(), self.shift.detach()
         return Codes(((weight - shift) / scale).clamp(-1, 1).round().to(torch.int8), scale, shift)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -375,13 +378,13 @@ class AdaptiveScale(LearnedScale):
     def encode(self, weight: Tensor) -> Codes:
         """See the class."""
         taken = weight.abs() > self.threshold * self._mean_magnitude(weight)
-        scale = self.scale.detach().clamp(min=SMALLEST_SCALE)
+        scale = self.magnitude().detach()
         return Codes((weight.sign() * taken).to(torch.int8), scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """See the class."""
         codes = self.encode(weight.detach()).codes
-        return self.scale.clamp(min=SMALLEST_SCALE) * codes + PassThrough.apply(weight, torch.zeros_like(weight))
+        return self.magnitude() * codes + PassThrough.apply(weight, torch.zeros_like(weight))
 
 
 class TanhAnnealing(Quantizer):
