@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation-aware training in the Trainer of transformers, to a packed checkpoint that the engine runs.
 
-Run: python train_with_trainer.py --out run                    (the embedded model, two minutes on two cores)
+Run: python train_with_trainer.py --out run                    (the embedded model, 20 seconds on two cores)
      python train_with_trainer.py --out run --model FOLDER --text stories.txt --steps 2000
 """
 
