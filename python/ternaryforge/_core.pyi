@@ -172,10 +172,10 @@ class kernels:
         x: int,  # float32 [tokens, cols]
         tokens: int,
         cols: int,
-        weights: list[tuple[int, int, int, int]],  # layout_bytes(...) bytes, float32 scales, rows, number of scales
+        # the weight's layout_bytes(...) bytes, float32 scales, float32 out [tokens, rows], rows, number of scales
+        layers: list[tuple[int, int, int, int, int]],
         layout: str,  # "t8", "t16" or "t20"; ValueError for others
         group_size: int,  # 0 unless scales belong to groups
-        out: int,  # float32 [tokens, all rows]
         activations: Activations,
         threads: int,
     ) -> None: ...

@@ -202,8 +202,8 @@ def linear_at(x: np.ndarray, layout: str, data: np.ndarray, scales: np.ndarray, 
     weight[:] = data
     out = np.empty((tokens, rows), np.float32)
     addresses = [array.ctypes.data for array in (x, weight, scales, out)]
-    weights = [(addresses[1], addresses[2], rows, scales.size)]
-    _core.kernels.linears_at(addresses[0], tokens, cols, weights, layout, group_size, addresses[3], "int8", 2)
+    layers = [(*addresses[1:], rows, scales.size)]
+    _core.kernels.linears_at(addresses[0], tokens, cols, layers, layout, group_size, "int8", 2)
     return out
 
 
@@ -224,10 +224,10 @@ def test_addresses_that_do_not_fit_are_refused() -> None:
             linear_at(x, name, np.zeros(16 * 66, np.uint8), scales)
     with pytest.raises(ValueError, match="an address is null"):
         _core.kernels.linears_at(
-            x.ctypes.data, 1, 256, [(0, scales.ctypes.data, 16, 16)], "t16", 0, x.ctypes.data, "int8", 1
+            x.ctypes.data, 1, 256, [(0, scales.ctypes.data, x.ctypes.data, 16, 16)], "t16", 0, "int8", 1
         )
-    with pytest.raises(ValueError, match="there is no weight"):
-        _core.kernels.linears_at(x.ctypes.data, 1, 256, [], "t16", 0, x.ctypes.data, "int8", 1)
+    with pytest.raises(ValueError, match="there is no layer"):
+        _core.kernels.linears_at(x.ctypes.data, 1, 256, [], "t16", 0, "int8", 1)
     wide = np.zeros((1, 2**19 + 64), np.float32)
     with pytest.raises(ValueError, match="exact up to 524288 columns, got 524352"):
         linear_at(wide, "t16", np.full(16 * wide.shape[1] // 4, 0x55, np.uint8), scales)

@@ -15,6 +15,7 @@ from torch_setup import torch
 
 from ternaryforge import FormatError
 from ternaryforge.torch import QATConfig, TernaryLinear, ops, optimize_layers, prepare_qat, set_strength
+from ternaryforge.torch.linear import multiply
 
 nn = torch.nn
 SCALES = {"tensor": 0, "row": 0, "group": 64}
@@ -90,6 +91,19 @@ def test_the_operator_keeps_pytorchs_rules(scale: str) -> None:
     # The registration test compares with `dispatch`, where only Python's autograd key counts.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     torch.library.opcheck(torch.ops.ternaryforge.linears.default, args, test_utils=tests)
+
+
+def test_gradients_of_layers_multiplied_together_add_up() -> None:
+    layers = [made("row", rows)[0] for rows in (24, 40)]
+    together, apart = (torch.linspace(-1, 1, 300).view(2, 150).requires_grad_(True) for _ in range(2))
+    products = multiply(layers, together)
+    sum((product * torch.arange(product.shape[1])).sum() for product in products).backward()
+    for layer in layers:
+        (multiply([layer], apart)[0] * torch.arange(layer.out_features)).sum().backward()
+    assert torch.allclose(together.grad, apart.grad, rtol=1e-5)
+    products = multiply(layers, together)
+    (unused,) = torch.autograd.grad(products[1].sum(), together)
+    assert torch.allclose(unused, torch.autograd.grad(multiply([layers[1]], apart)[0].sum(), apart)[0], rtol=1e-5)
 
 
 def test_it_compiles_into_one_graph() -> None:

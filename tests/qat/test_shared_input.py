@@ -70,15 +70,22 @@ def test_one_product_gives_the_bits_of_three(
     assert calls[3:] == [3]
 
 
-def test_gradients_are_those_of_three() -> None:
+def test_parts_are_tensors_of_their_own() -> None:
+    model, x = joined(), torch.randn(2, 5, 150)
+    expected = Attention().k_proj(x)
+    model.v_proj(x).view(-1).zero_()
+    assert torch.equal(model.k_proj(x), expected)
+
+
+def test_layers_that_need_gradients_have_graphs_of_their_own(calls: list[int]) -> None:
     grads = []
     for model in (Attention(), joined()):
         x = torch.linspace(-1, 1, 300).view(2, 150).requires_grad_(True)
-        model.q_proj.bias.requires_grad_(True)
-        (model(x) * torch.arange(84)).sum().backward()
-        grads.append((x.grad, model.q_proj.bias.grad))
-    assert torch.allclose(grads[0][0], grads[1][0], rtol=1e-5)
-    assert torch.equal(grads[0][1], grads[1][1])
+        for layer in (model.v_proj, model.k_proj):
+            (layer(x).mul_(2) * torch.arange(layer.out_features)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+    assert calls == [1] * 4
 
 
 def change_input(model: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +121,10 @@ def test_a_part_without_a_graph_is_not_given_to_training() -> None:
     with torch.no_grad():
         model.q_proj(x)
     assert model.k_proj(x).requires_grad
+
+
+def test_a_part_of_autocast_is_not_given_outside_it() -> None:
+    model, x = joined(), torch.randn(2, 150)
     with torch.autocast("cpu", torch.bfloat16):
         model.q_proj(x)
     assert model.k_proj(x).dtype == torch.float32

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TernaryLinear`: a packed linear layer on the compiled core."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -81,16 +82,10 @@ class TernaryLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 # nn.Linear's name
         """Input [..., cols] to [..., rows], in its dtype."""
-        products = self.multiply(input) if self.shared_input is None else self.shared_input.multiply(self, input)
+        shared = self.shared_input
+        product = multiply([self], input)[0] if shared is None else shared.multiply(self, input)
         bias = cast("Tensor | None", self.bias)
-        return products if bias is None else products + bias.to(products.dtype)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """As `forward`, without the bias."""
-        bits = self.activation_bits or 0
-        return ops.linears(
-            x, [self.weight], [self.scale_bits], [self.out_features], group_size=self.group_size, activation_bits=bits
-        )
+        return product if bias is None else product + bias.to(product.dtype)
 
     def scales(self) -> Tensor:
         """The float32 scales that multiply the trits."""
@@ -107,6 +102,21 @@ class TernaryLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"group_size={self.group_size}, activation_bits={self.activation_bits}"
         )
+
+
+def multiply(layers: Sequence[TernaryLinear], x: Tensor) -> list[Tensor]:
+    """What each of `layers` gives for x [..., cols] without its bias, all at once.
+
+    They agree in columns, group size and rounding of the input.
+    """
+    return ops.linears(
+        x,
+        [layer.weight for layer in layers],
+        [layer.scale_bits for layer in layers],
+        [layer.out_features for layer in layers],
+        group_size=layers[0].group_size,
+        activation_bits=layers[0].activation_bits or 0,
+    )
 
 
 def _to_tiles(packed: Tensor, rows: int, cols: int) -> Tensor:

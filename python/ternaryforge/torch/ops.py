@@ -31,8 +31,8 @@ def linears(
     *,
     group_size: int = 0,
     activation_bits: int = 8,
-) -> Tensor:
-    """Input [..., cols] times each transposed weight, side by side: [..., sum of rows] in the dtype of x.
+) -> list[Tensor]:
+    """Input [..., cols] times each transposed weight: [..., rows] for each, in the dtype of x.
 
     Args:
         x: float32, bfloat16 or float16.
@@ -54,41 +54,39 @@ def _linears_cpu(
     cols: int,
     group_size: int,
     activation_bits: int,
-) -> Tensor:
+) -> list[Tensor]:
     _check(x, weights, scale_bits, rows, cols, group_size)
     flat = x.reshape(-1, cols).to(torch.float32).contiguous()
-    out = torch.empty(flat.shape[0], sum(rows), dtype=torch.float32)
+    products = [torch.empty(*x.shape[:-1], count, dtype=torch.float32) for count in rows]
     _core.kernels.linears_at(
         flat.data_ptr(),
         flat.shape[0],
         cols,
         [
-            (weight.data_ptr(), scales.data_ptr(), count, scales.numel())
-            for weight, scales, count in zip(weights, scale_bits, rows, strict=True)
+            (weight.data_ptr(), scales.data_ptr(), product.data_ptr(), count, scales.numel())
+            for weight, scales, product, count in zip(weights, scale_bits, products, rows, strict=True)
         ],
         "t16",
         group_size,
-        out.data_ptr(),
         _ACTIVATIONS[activation_bits],
         torch.get_num_threads(),
     )
-    return out.to(x.dtype).view(*x.shape[:-1], sum(rows))
+    return [product.to(x.dtype) for product in products]
 
 
 def _input_gradient_cpu(
-    grad: Tensor, weights: list[Tensor], scale_bits: list[Tensor], rows: list[int], cols: int, group_size: int
+    grads: list[Tensor], weights: list[Tensor], scale_bits: list[Tensor], rows: list[int], cols: int, group_size: int
 ) -> Tensor:
-    parts = grad.to(torch.float32).split(rows, dim=-1)
-    total = grad.new_zeros(*grad.shape[:-1], cols, dtype=torch.float32)
-    for part, weight, bits, count in zip(parts, weights, scale_bits, rows, strict=True):
+    total = grads[0].new_zeros(*grads[0].shape[:-1], cols, dtype=torch.float32)
+    for grad, weight, bits, count in zip(grads, weights, scale_bits, rows, strict=True):
         dense = torch.from_numpy(_core.formats.unpack(weight.numpy(), "t16", count, cols)).to(torch.float32)
         scales = bits.view(torch.float32)
         if group_size:
             dense *= scales.view(count, -1).repeat_interleave(group_size, dim=1)[:, :cols]
         else:
             dense *= scales.view(-1, 1)
-        total += part @ dense
-    return total.to(grad.dtype)
+        total += grad.to(torch.float32) @ dense
+    return total.to(grads[0].dtype)
 
 
 @functools.cache
@@ -125,36 +123,36 @@ def _fake_linears(
     cols: int,
     group_size: int,
     activation_bits: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sum(rows))
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], count) for count in rows]
 
 
 def _fake_input_gradient(
-    grad: Tensor, weights: list[Tensor], scale_bits: list[Tensor], rows: list[int], cols: int, group_size: int
+    grads: list[Tensor], weights: list[Tensor], scale_bits: list[Tensor], rows: list[int], cols: int, group_size: int
 ) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], cols)
+    return grads[0].new_empty(*grads[0].shape[:-1], cols)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, weights, scale_bits, rows, cols, group_size, _ = inputs
     ctx.save_for_backward(*weights, *scale_bits)
     ctx.sizes = (rows, cols, group_size)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     """The gradient of the input as if it were not rounded; codes and scales get none."""
     saved, count = ctx.saved_tensors, len(ctx.sizes[0])
     grad_x = None
     if ctx.needs_input_grad[0]:
         weights, scale_bits = list(saved[:count]), list(saved[count:])
-        grad_x = torch.ops.ternaryforge.linears_input_gradient(grad, weights, scale_bits, *ctx.sizes)
+        grad_x = torch.ops.ternaryforge.linears_input_gradient(grads, weights, scale_bits, *ctx.sizes)
     return grad_x, [None] * count, [None] * count, None, None, None, None
 
 
 def _head_cpu(x: Tensor, weight: Tensor, number: int) -> Tensor:
     flat = x.reshape(-1, weight.shape[1]).to(torch.float32).contiguous()
     logits = heads[number].multiply(flat.detach().numpy(), threads=torch.get_num_threads())
-    return torch.from_numpy(logits).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return torch.from_numpy(logits.reshape(*x.shape[:-1], weight.shape[0])).to(x.dtype)
 
 
 def _fake_head(x: Tensor, weight: Tensor, number: int) -> Tensor:
@@ -175,8 +173,8 @@ def _register() -> None:
     """Defines the operators, once in a process: a second import of this file finds them."""
     if hasattr(torch.ops.ternaryforge, "linears"):
         return
-    _library.define(f"linears(Tensor x, {_WEIGHTS}, int activation_bits) -> Tensor")
-    _library.define(f"linears_input_gradient(Tensor grad, {_WEIGHTS}) -> Tensor")
+    _library.define(f"linears(Tensor x, {_WEIGHTS}, int activation_bits) -> Tensor[]")
+    _library.define(f"linears_input_gradient(Tensor[] grads, {_WEIGHTS}) -> Tensor")
     _library.impl("linears", _linears_cpu, "CPU")
     _library.impl("linears_input_gradient", _input_gradient_cpu, "CPU")
     name, gradient_name = f"{_NAMESPACE}::linears", f"{_NAMESPACE}::linears_input_gradient"

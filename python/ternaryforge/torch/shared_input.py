@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ternaryforge.torch import ops
-from ternaryforge.torch.linear import TernaryLinear
+from ternaryforge.torch.linear import TernaryLinear, multiply
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -17,20 +16,20 @@ class _Products:
     """What was computed for one input, the tensors it came from, and by layer the parts that nobody has taken yet."""
 
     tensors: list[Tensor]
-    modes: tuple[object, ...]
+    state: tuple[int, ...]
     parts: dict[int, Tensor]
 
-    def are_of(self, tensors: list[Tensor], modes: tuple[object, ...]) -> bool:
+    def are_of(self, tensors: list[Tensor], state: tuple[int, ...]) -> bool:
         """Whether they would come out the same now."""
-        return self.modes == modes and all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+        return self.state == state and all(a is b for a, b in zip(self.tensors, tensors, strict=True))
 
 
 class SharedInput:
     """Makes the first of `layers` that gets an input multiply for all of them; the others take their part.
 
-    A part is given only for the same input tensor, unchanged, with the same weights, unchanged, and in the same
-    modes of autograd and autocast; a layer that asks for anything else multiplies alone. So does each in compiled
-    graphs, and with tensors of inference mode, which do not tell whether they were changed.
+    A part is given only for the same input tensor, unchanged, with the same weights, unchanged, and in the same mode
+    of autocast. Each multiplies alone where the input needs a gradient, since layers have graphs of their own; in
+    compiled graphs; and with tensors of inference mode, which do not tell whether they were changed.
     """
 
     def __init__(self, layers: tuple[TernaryLinear, ...]) -> None:
@@ -43,30 +42,19 @@ class SharedInput:
     def multiply(self, layer: TernaryLinear, x: Tensor) -> Tensor:
         """What `layer` gives for x [..., cols], without its bias."""
         tensors = [x, *(tensor for each in self._layers for tensor in (each.weight, each.scale_bits))]
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-            return layer.multiply(x)
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *map(_changes, tensors))
+        has_graph = x.requires_grad and torch.is_grad_enabled()
+        if has_graph or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+            return multiply([layer], x)[0]
+        state = (torch.is_autocast_enabled("cpu"), *map(_changes, tensors))
         number = next(i for i, each in enumerate(self._layers) if each is layer)
         products = self._products
         # Threads may share an input: whoever takes a part first has it, the other one multiplies.
-        part = products.parts.pop(number, None) if products and products.are_of(tensors, modes) else None
+        part = products.parts.pop(number, None) if products and products.are_of(tensors, state) else None
         if part is None:
-            products = _Products(tensors, modes, dict(enumerate(self._multiply_all(x))))
+            products = _Products(tensors, state, dict(enumerate(multiply(self._layers, x))))
             part = products.parts.pop(number)
         self._products = products if products and products.parts else None
         return part
-
-    def _multiply_all(self, x: Tensor) -> tuple[Tensor, ...]:
-        first, rows = self._layers[0], [layer.out_features for layer in self._layers]
-        products = ops.linears(
-            x,
-            [layer.weight for layer in self._layers],
-            [layer.scale_bits for layer in self._layers],
-            rows,
-            group_size=first.group_size,
-            activation_bits=first.activation_bits or 0,
-        )
-        return products.split(rows, dim=-1)
 
 
 def _changes(tensor: Tensor) -> int:
