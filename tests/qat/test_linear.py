@@ -102,8 +102,8 @@ def test_gradients_of_layers_multiplied_together_add_up() -> None:
         (multiply([layer], apart)[0] * torch.arange(layer.out_features)).sum().backward()
     assert torch.allclose(together.grad, apart.grad, rtol=1e-5)
     products = multiply(layers, together)
-    (unused,) = torch.autograd.grad(products[1].sum(), together)
-    assert torch.allclose(unused, torch.autograd.grad(multiply([layers[1]], apart)[0].sum(), apart)[0], rtol=1e-5)
+    (of_one,) = torch.autograd.grad(products[1].sum(), together)
+    assert torch.allclose(of_one, torch.autograd.grad(multiply([layers[1]], apart)[0].sum(), apart)[0], rtol=1e-5)
 
 
 def test_it_compiles_into_one_graph() -> None:
